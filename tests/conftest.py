@@ -1,0 +1,16 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """Real videos, latents, cameras and parity numbers that live beside a developer's checkout; tests skip without them."""
+    directory = Path(__file__).resolve().parents[2] / "shared"
+    if not directory.is_dir():
+        pytest.skip("the folder of real data beside the checkout is absent")
+    return directory
