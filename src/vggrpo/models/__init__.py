@@ -1,0 +1,23 @@
+"""Networks that are loaded from checkpoints, behind the two protocols of `vggrpo.models.base`. Imported lazily: see `__getattr__`."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_HOMES = {
+    "LatentSpec": "base",
+    "VideoModel": "base",
+    "GeometryModel": "base",
+    "WanVideoModel": "wan",
+    "VGGT": "vggt",
+    "AttributeClassifier": "attributes",
+}
+
+__all__ = ["VGGT", "AttributeClassifier", "GeometryModel", "LatentSpec", "VideoModel", "WanVideoModel"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

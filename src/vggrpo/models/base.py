@@ -1,0 +1,140 @@
+"""What the rest of the house needs from a video generator and from a geometry network, and nothing more.
+
+A new video model (HunyuanVideo, LTX) is one file that satisfies `VideoModel`; a new geometry backend is one file that
+satisfies `GeometryModel`. Conventions are those of the paper map: rectified flow with `t` in [0, 1], normalised float32 latents,
+videos in [0, 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vggrpo.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from vggrpo.geometry import GeometryPrediction
+
+
+@dataclass(frozen=True)
+class LatentSpec:
+    """The shape arithmetic of a video VAE and of the transformer's patches.
+
+    Attributes:
+        channels: latent channels C.
+        temporal_stride: RGB frames per latent frame; the first frame stands alone, so clips have `temporal_stride * n + 1` frames.
+        spatial_stride: pixels per latent cell, both directions.
+        patch_size: latent cells per transformer token, (time, height, width).
+    """
+
+    channels: int
+    temporal_stride: int = 4
+    spatial_stride: int = 8
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+
+    def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """(C, T', H', W') of a clip of `num_frames` frames of `height` x `width` pixels.
+
+        Raises:
+            UserError: when the VAE cannot make such a clip; the message names the nearest size that it can.
+        """
+        stride = self.temporal_stride
+        if num_frames < 1 or (num_frames - 1) % stride:
+            nearest = max(0, round((num_frames - 1) / stride)) * stride + 1
+            raise UserError(f"num_frames must be {stride}n+1, got {num_frames}; the nearest is {nearest}")
+        for name, pixels, patch in (("height", height, self.patch_size[1]), ("width", width, self.patch_size[2])):
+            multiple = self.spatial_stride * patch
+            if pixels < multiple or pixels % multiple:
+                nearest = max(1, round(pixels / multiple)) * multiple
+                raise UserError(f"{name} must be a positive multiple of {multiple} pixels, got {pixels}; the nearest is {nearest}")
+        return (self.channels, (num_frames - 1) // stride + 1, height // self.spatial_stride, width // self.spatial_stride)
+
+    def num_frames(self, latent_frames: int) -> int:
+        """RGB frames that `latent_frames` latent frames decode to."""
+        return (latent_frames - 1) * self.temporal_stride + 1
+
+
+@runtime_checkable
+class VideoModel(Protocol):
+    """A latent text-to-video model under rectified flow: `x_t = (1-t) x0 + t eps`, `v = eps - x0`."""
+
+    latent_spec: LatentSpec
+    transformer: nn.Module
+    """The network that predicts the velocity: what a LoRA is put on."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the transformer lives; latents are made there."""
+        ...
+
+    def encode_prompt(self, prompts: Sequence[str]) -> Float[Tensor, "B L D"]:
+        """Text embeddings, zero after the end of each text; texts beyond the model's length are cut."""
+        ...
+
+    def encode_video(self, video: Float[Tensor, "B 3 T H W"]) -> Float[Tensor, "B C T1 H1 W1"]:
+        """Normalised latents of a video in [0, 1] (the mode of the VAE's posterior, no sampling)."""
+        ...
+
+    def decode(self, latents: Float[Tensor, "B C T1 H1 W1"]) -> Float[Tensor, "B 3 T H W"]:
+        """Video in [0, 1] of normalised latents."""
+        ...
+
+    def predict_velocity(
+        self, latents: Float[Tensor, "B C T1 H1 W1"], t: Float[Tensor, " B"], text: Float[Tensor, "B L D"]
+    ) -> Float[Tensor, "B C T1 H1 W1"]:
+        """Velocity in float32 at flow time `t` in [0, 1] (1 = noise), one time per sample."""
+        ...
+
+    def sigmas(self, num_steps: int, shift: float | None = None) -> Float[Tensor, " S1"]:
+        """Flow times from 1 to 0, `num_steps + 1` of them, with the pipeline's own shift unless `shift` is given."""
+        ...
+
+    def solver(self, num_steps: int) -> Any:
+        """A fresh deterministic solver (diffusers scheduler) with its `timesteps` set, as the plain pipeline uses it."""
+        ...
+
+
+@runtime_checkable
+class GeometryModel(Protocol):
+    """A feed-forward geometry network that can be cut open after a layer.
+
+    `resume(tap(frames, l), l) == forward(frames)` holds for every `l` in `stitch_points()`.
+    """
+
+    def forward(self, frames: Float[Tensor, "B S 3 H W"]) -> GeometryPrediction:
+        """Geometry of `S` views with values in [0, 1]."""
+        ...
+
+    def stitch_points(self) -> list[int]:
+        """Layers after which the network may be cut without losing what its heads need."""
+        ...
+
+    def embed_dim(self, layer: int) -> int:
+        """Width of the tokens that layer `layer` puts out."""
+        ...
+
+    def tap(self, frames: Float[Tensor, "B S 3 H W"], layer: int) -> Float[Tensor, "B S N D"]:
+        """All tokens (special ones included) after layer `layer`."""
+        ...
+
+    def resume(self, tokens: Float[Tensor, "B S N D"], layer: int, grid: tuple[int, int]) -> GeometryPrediction:
+        """Geometry from the tokens after layer `layer`; `grid` is the patch grid (rows, columns)."""
+        ...
+
+    def special_tokens(self, layer: int) -> Float[Tensor, "S M D"]:
+        """Mean activation of the special tokens after layer `layer`."""
+        ...
+
+    def lora_targets(self) -> list[str]:
+        """Module name endings that a LoRA may adapt."""
+        ...
+
+    def image_size_for(self, video_size: tuple[int, int]) -> tuple[int, int]:
+        """(height, width) at which the network sees a video of that size."""
+        ...
