@@ -1,5 +1,6 @@
 """Pure functions on cameras, depth and points, and the `GeometryPrediction` contract."""
 
+from vggrpo.geometry.edges import depth_edges
 from vggrpo.geometry.prediction import GeometryPrediction
 from vggrpo.geometry.projection import (
     pixel_grid,
@@ -25,6 +26,7 @@ from vggrpo.geometry.se3 import (
 __all__ = [
     "GeometryPrediction",
     "anchor_cameras",
+    "depth_edges",
     "hat",
     "invert_se3",
     "pixel_grid",

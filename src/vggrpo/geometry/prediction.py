@@ -1,6 +1,7 @@
 """`GeometryPrediction`: the contract between whatever predicts geometry and whatever judges it.
 
-Conventions: cameras are OpenCV ``cam2world``, anchored to the first view; intrinsics are in pixels of the maps; depth is
+Conventions: cameras are OpenCV ``cam2world``, anchored to the first view; intrinsics are in pixels of the maps; depth
+    is
 z-depth; points and scene flow live in the anchored world frame. Backends convert at their border.
 """
 

@@ -29,7 +29,7 @@ def pixel_grid(
 
 
 def pixel_rays(intrinsics: Float[Tensor, "*batch 3 3"], size: tuple[int, int]) -> Float[Tensor, "*batch H W 3"]:
-    """Directions ``K^-1 (u, v, 1)`` in the camera's frame, z = 1, through all pixel centres of a map of `size` (H, W)."""
+    """Directions ``K^-1 (u, v, 1)`` in the camera's frame, z = 1, through all pixel centres of a `size` (H, W) map."""
     grid = pixel_grid(*size, device=intrinsics.device, dtype=intrinsics.dtype)
     fx, fy, skew = intrinsics[..., 0, 0], intrinsics[..., 1, 1], intrinsics[..., 0, 1]
     cx, cy = intrinsics[..., 0, 2], intrinsics[..., 1, 2]
@@ -154,7 +154,8 @@ def point_visibility(
     tolerance: float = 0.01,
     mask: Bool[Tensor, "B S N"] | None = None,
 ) -> Bool[Tensor, "B S N"]:
-    """Which points each view sees: inside of the image and at most `tolerance` behind the front-most point of their pixel.
+    """Which points each view sees: inside of the image and at most `tolerance` behind the front-most point of their
+    pixel.
 
     Args:
         uv: pixel positions.

@@ -1,7 +1,7 @@
 """Rigid motions: the exponential and logarithm of SO(3), inverses, relative and anchored camera poses.
 
-Everything here is differentiable with finite gradients for every rotation, the identity and half turns included, because
-guidance and direct reward training push gradients through the cameras of still shots and pans.
+Everything here is differentiable with finite gradients for every rotation, the identity and half turns included,
+because guidance and direct reward training push gradients through the cameras of still shots and pans.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ def safe_norm(vector: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch"]:
     """
     squared = vector.square().sum(-1)
     is_zero = squared == 0
-    return torch.where(is_zero, torch.zeros_like(squared), torch.where(is_zero, torch.ones_like(squared), squared).sqrt())
+    length = torch.where(is_zero, torch.ones_like(squared), squared).sqrt()
+    return torch.where(is_zero, torch.zeros_like(squared), length)
 
 
 def hat(vector: Float[Tensor, "*batch 3"]) -> Float[Tensor, "*batch 3 3"]:
