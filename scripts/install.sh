@@ -40,18 +40,18 @@ PY
 }
 
 install_cpu_torch() {
-    pip install -q -c constraints.txt "torch==$torch+cpu" 2>/dev/null && return
+    pip install -qq -c constraints.txt "torch==$torch+cpu" 2>/dev/null && return
     # --no-deps: that index has few versions of what torch needs; the second step below brings them.
-    pip install -q --no-deps --retries 0 --timeout 20 --index-url "$cpu_index" "torch==$torch+cpu" 2>/dev/null && return
+    pip install -qq --no-deps --retries 0 --timeout 20 --index-url "$cpu_index" "torch==$torch+cpu" 2>/dev/null && return
     say "no CPU build of torch $torch found; installing the default build"
-    pip install -q -c constraints.txt "torch==$torch"
+    pip install -qq -c constraints.txt "torch==$torch"
 }
 
 if ! has_torch; then
     say "installing torch $torch ($choice build) into $venv; a few minutes"
     case $choice in
         cpu) install_cpu_torch ;;
-        cuda) pip install -q -c constraints.txt "torch==$torch" ;;
+        cuda) pip install -qq -c constraints.txt "torch==$torch" ;;
         *) fail "TORCH=$choice is not known; use auto, cpu or cuda" ;;
     esac
 fi
@@ -60,5 +60,5 @@ if [ "$choice" = cpu ]; then
 fi
 
 say "installing vggrpo and its tools"
-pip install -q -c constraints.txt -e '.[dev]'
+pip install -qq -c constraints.txt -e '.[dev]'
 say "ready: $venv/bin/vggrpo --help"

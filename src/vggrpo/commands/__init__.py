@@ -1,0 +1,7 @@
+"""One module a command: `add_parser` describes its arguments, `run` calls the library. No module here imports torch."""
+
+from __future__ import annotations
+
+from vggrpo.commands import doctor, world
+
+COMMANDS = (world, doctor)

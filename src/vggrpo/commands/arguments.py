@@ -1,0 +1,49 @@
+"""Argument types that commands share; a bad value ends with argparse's own one-line message and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any, Protocol
+
+GO_ON = "run the same command again to go on where it stopped"
+START_AGAIN = "run the same command again; nothing half-written is left"
+
+
+class Subparsers(Protocol):
+    """What `ArgumentParser.add_subparsers` returns; its own class is private to argparse."""
+
+    def add_parser(self, name: str, **options: Any) -> argparse.ArgumentParser:
+        """Add one command."""
+        ...
+
+
+def positive_int(text: str) -> int:
+    """An integer of at least 1."""
+    value = _integer(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
+
+
+def non_negative_int(text: str) -> int:
+    """An integer of at least 0."""
+    value = _integer(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is negative")
+    return value
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """`64` or `HEIGHTxWIDTH` in pixels -> (height, width)."""
+    parts = text.lower().split("x")
+    if len(parts) > 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor HEIGHTxWIDTH, such as 64 or 480x832")
+    height, width = positive_int(parts[0]), positive_int(parts[-1])
+    return height, width
+
+
+def _integer(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None

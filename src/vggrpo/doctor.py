@@ -1,0 +1,186 @@
+"""What this machine can run: versions, devices, memory each recipe needs, weights that are missing and their licences.
+
+The memory of a recipe is an estimate from its shapes, not a measurement (`training_memory` states the formula). It is
+there to tell "fits" from "far too large" before anything is downloaded.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "av", "opencv-python-headless", "plotly")
+_GIB = 1024**3
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights that are not shipped here.
+
+    Attributes:
+        repository: where they are, `owner/name` on the Hugging Face hub.
+        role: what they do here.
+        licence: as their publisher states it; "not stated" where the model card names none.
+    """
+
+    repository: str
+    role: str
+    licence: str
+
+
+WEIGHTS = (
+    Weights("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "video model", "Apache-2.0"),
+    Weights("Wan-AI/Wan2.2-TI2V-5B-Diffusers", "video model", "Apache-2.0"),
+    Weights("facebook/VGGT-1B", "geometry, static scenes", "non-commercial, see its model card"),
+    Weights("facebook/VGGT-1B-Commercial", "geometry, static scenes", "VGGT licence: commercial use, on request"),
+    Weights("depth-anything/DA3-LARGE-1.1", "geometry, static scenes", "CC BY-NC 4.0: no commercial use"),
+    Weights("depth-anything/DA3-BASE", "geometry, static scenes", "Apache-2.0"),
+    Weights("depth-anything/DA3-SMALL", "geometry, static scenes", "Apache-2.0"),
+    Weights("airlabshare/any4d-checkpoint", "geometry, moving scenes", "not stated: ask the authors"),
+)
+
+
+@dataclass(frozen=True)
+class TransformerShape:
+    """Shape of a Wan transformer, enough to count its parameters and activations.
+
+    Attributes:
+        dim: width of a token.
+        ffn_dim: width inside the feed-forward layers.
+        layers: number of blocks.
+    """
+
+    dim: int
+    ffn_dim: int
+    layers: int
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of all blocks: self- and cross-attention (4 d^2 each) and the feed-forward layer (2 d f)."""
+        return self.layers * (8 * self.dim**2 + 2 * self.dim * self.ffn_dim)
+
+
+SHAPES = {
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": TransformerShape(1536, 8960, 30),
+    "Wan-AI/Wan2.2-TI2V-5B-Diffusers": TransformerShape(3072, 14336, 30),
+}
+
+
+def video_tokens(num_frames: int, height: int, width: int, *, spatial_stride: int) -> int:
+    """Tokens of one video: a latent frame per 4 frames after the first, and 2x2 latent pixels a token."""
+    return ((num_frames - 1) // 4 + 1) * (height // spatial_stride // 2) * (width // spatial_stride // 2)
+
+
+def training_memory(shape: TransformerShape, tokens: int, *, rank: int, batch: int = 1) -> float:
+    """Rough peak memory of LoRA training in GiB, with gradient checkpointing and flash attention.
+
+    Sum of: frozen weights (bf16, 2 bytes each); LoRA on the 8 attention projections of each block (fp32 weight,
+    gradient and two Adam moments: 16 bytes each); each block's input kept for the backward pass (bf16); and one block
+    recomputed, about `14 d + 3 f` values a token (bf16). Not counted: text encoder and VAE, which are used before and
+    after, and the geometry model.
+
+    Args:
+        shape: the transformer.
+        tokens: tokens of one video, see `video_tokens`.
+        rank: LoRA rank.
+        batch: videos (or denoising steps) in one backward pass.
+    """
+    weights = 2 * shape.parameters
+    adapter = 16 * shape.layers * 8 * rank * 2 * shape.dim
+    kept = 2 * batch * tokens * shape.layers * shape.dim
+    block = 2 * batch * tokens * (14 * shape.dim + 3 * shape.ffn_dim)
+    return (weights + adapter + kept + block) / _GIB
+
+
+def is_cached(repository: str, cache: Path | None = None) -> bool:
+    """Whether a snapshot of `owner/name` is in the hub's cache on this machine (nothing is asked over the network)."""
+    if cache is None:
+        home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
+        cache = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub")
+    snapshots = cache / f"models--{repository.replace('/', '--')}" / "snapshots"
+    return snapshots.is_dir() and any(snapshots.iterdir())
+
+
+def package_versions(names: tuple[str, ...] = PACKAGES) -> dict[str, str]:
+    """Installed version of each package, or "not installed"."""
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions
+
+
+def devices() -> list[str]:
+    """One line a device that torch can use, the best one first."""
+    import torch
+
+    lines = []
+    for index in range(torch.cuda.device_count()):
+        name, (free, total) = torch.cuda.get_device_name(index), torch.cuda.mem_get_info(index)
+        lines.append(f"cuda:{index}  {name}, {free / _GIB:.0f} of {total / _GIB:.0f} GiB free")
+    if torch.backends.mps.is_available():
+        lines.append("mps  Apple GPU")
+    lines.append(f"cpu  {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads")
+    return lines
+
+
+def embedded_models() -> dict[str, str]:
+    """Each shipped model and where it is, or what to do about a missing one."""
+    from vggrpo.assets import NAMES, path
+    from vggrpo.errors import UserError
+
+    found = {}
+    for name in NAMES:
+        try:
+            found[name] = str(path(name))
+        except UserError as error:
+            found[name] = f"missing: {error}"
+    return found
+
+
+def report() -> str:
+    """The whole report as plain text."""
+    import psutil
+
+    from vggrpo import __version__
+
+    memory = psutil.virtual_memory()
+    sections = [
+        ("vggrpo", [f"{__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}"]),
+        ("packages", _table(package_versions())),
+        ("devices", devices()),
+        ("memory", [f"{memory.available / _GIB:.0f} of {memory.total / _GIB:.0f} GiB free"]),
+        ("embedded models (Apache-2.0, shipped; `vggrpo demo` needs nothing else)", _table(embedded_models())),
+        ("LoRA training of large models, estimated GPU memory in GiB (rank 32, 1 video)", _memory_table()),
+        ("weights for large models, not shipped", [_weights_line(weights) for weights in WEIGHTS]),
+    ]
+    return "\n".join("\n".join([title, *(f"  {line}" for line in lines), ""]) for title, lines in sections)
+
+
+def _table(rows: dict[str, str]) -> list[str]:
+    width = max(map(len, rows))
+    return [f"{name:<{width}}  {value}" for name, value in rows.items()]
+
+
+def _memory_table() -> list[str]:
+    """Estimates at the resolutions and lengths the models were made for."""
+    sizes = {
+        "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": (81, 480, 832, 8),
+        "Wan-AI/Wan2.2-TI2V-5B-Diffusers": (81, 704, 1280, 16),
+    }
+    lines = []
+    for name, (frames, height, width, stride) in sizes.items():
+        tokens = video_tokens(frames, height, width, spatial_stride=stride)
+        need = training_memory(SHAPES[name], tokens, rank=32)
+        lines.append(f"{name}  {frames} frames of {height}x{width}: {tokens} tokens, about {need:.0f} GiB")
+    return lines
+
+
+def _weights_line(weights: Weights) -> str:
+    state = "in the cache" if is_cached(weights.repository) else "missing"
+    return f"{weights.repository:<34} {weights.role:<24} {state:<12}  {weights.licence}"
