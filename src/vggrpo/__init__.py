@@ -9,7 +9,7 @@ __all__ = ["LatentGeometryReward", "__version__"]
 def __getattr__(name: str) -> object:
     # Lazy, so that `import vggrpo` and `vggrpo --help` never pay for torch.
     if name == "LatentGeometryReward":
-        from vggrpo.lgm.reward import LatentGeometryReward
+        from vggrpo.rewards.latent import LatentGeometryReward
 
         return LatentGeometryReward
     raise AttributeError(f"module 'vggrpo' has no attribute {name!r}")

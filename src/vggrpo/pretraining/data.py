@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -85,3 +85,16 @@ class Shards:
         frame_index = t["frame_index"]
         picked = {name: t[name][index] for name in _TRUTH[:-1]}
         return WorldBatch(video=t["video"][index][:, :, frame_index].float() / 255, frame_index=frame_index, **picked)
+
+
+def augment(world: WorldBatch, generator: torch.Generator) -> WorldBatch:
+    """The batch mirrored left to right and played backwards, each with probability one half: both are worlds of the same kind."""
+    if torch.rand((), generator=generator) < 0.5:
+        mirror = torch.diag(torch.tensor([-1.0, 1.0, 1.0, 1.0]))
+        world = replace(world, video=world.video.flip(-1), depth=world.depth.flip(-1), object_id=world.object_id.flip(-1),
+                        cam2world=mirror @ world.cam2world @ mirror, object_pose=mirror @ world.object_pose @ mirror)
+    if torch.rand((), generator=generator) < 0.5:
+        to_last = torch.linalg.inv(world.cam2world[:, -1:])
+        world = replace(world, video=world.video.flip(2), depth=world.depth.flip(1), object_id=world.object_id.flip(1),
+                        cam2world=to_last @ world.cam2world.flip(1), object_pose=to_last[:, None] @ world.object_pose.flip(2))
+    return world

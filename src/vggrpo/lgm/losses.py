@@ -1,0 +1,104 @@
+"""How far a predicted geometry is from a target: the losses that train geometry networks and LGMs, and the errors that judge them.
+
+The target is the truth of rendered clips or a teacher's prediction. Both are brought to one unit first: the first view's median
+depth is 1, so nothing depends on the metre.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from vggrpo.geometry import GeometryPrediction
+from vggrpo.geometry.se3 import invert_se3, rotation_angle
+
+# Relative depth error at which confidence is 1/e.
+CONF_SCALE = 0.05
+WEIGHTS = {"depth": 1.0, "slope": 0.5, "translation": 2.0, "rotation": 2.0, "focal": 0.5, "points": 0.5, "conf": 0.05, "flow": 1.0,
+           "dynamic": 0.05, "subject": 0.05}
+
+
+def unit_depth(geometry: GeometryPrediction) -> GeometryPrediction:
+    """The same geometry in units of the first view's median depth."""
+    scale = geometry.depth[:, 0].flatten(1).median(1).values.clamp_min(1e-6)
+    maps = scale[:, None, None, None]
+    cam2world = geometry.cam2world.clone()
+    cam2world[..., :3, 3] = cam2world[..., :3, 3] / scale[:, None, None]
+    flow = None if geometry.scene_flow is None else geometry.scene_flow / maps[..., None]
+    return replace(geometry, cam2world=cam2world, depth=geometry.depth / maps, points=geometry.points / maps[..., None], scene_flow=flow)
+
+
+def relative_poses(cam2world: Float[Tensor, "B S 4 4"]) -> Float[Tensor, "B P 4 4"]:
+    """Pose of view j seen from view i for all i < j."""
+    i, j = torch.triu_indices(cam2world.shape[1], cam2world.shape[1], 1, device=cam2world.device)
+    return invert_se3(cam2world)[:, i] @ cam2world[:, j]
+
+
+def geometry_loss(prediction: GeometryPrediction, raw: dict[str, Tensor], target: GeometryPrediction,
+                  weights: dict[str, float] = WEIGHTS) -> tuple[Tensor, dict[str, float]]:
+    """Weighted sum of L1-like losses, one a head, and each for the log.
+
+    Args:
+        raw: logits of confidence and masks, as `VGGT.predict` gives them.
+        target: in units of its first view's median depth (`unit_depth`).
+    """
+    depth = target.depth
+    log_ratio = prediction.depth.log() - depth.log()
+    error = log_ratio.abs()
+    rel, want = relative_poses(prediction.cam2world), relative_poses(target.cam2world)
+    turn = want[..., :3, :3].transpose(-1, -2) @ rel[..., :3, :3]
+    axis = torch.stack([turn[..., 2, 1] - turn[..., 1, 2], turn[..., 0, 2] - turn[..., 2, 0], turn[..., 1, 0] - turn[..., 0, 1]], -1) / 2
+    parts = {
+        "depth": error.mean(),
+        "slope": log_ratio.diff(dim=-1).abs().mean() + log_ratio.diff(dim=-2).abs().mean(),
+        "translation": (rel[..., :3, 3] - want[..., :3, 3]).abs().sum(-1).mean(),
+        "rotation": axis.abs().sum(-1).mean(),
+        "focal": (prediction.intrinsics[..., [0, 1], [0, 1]].log() - target.intrinsics[..., [0, 1], [0, 1]].log()).abs().mean(),
+        "points": ((prediction.points - target.points).norm(dim=-1) / depth).mean(),
+        "conf": F.binary_cross_entropy_with_logits(raw["conf_logit"], torch.exp(-error.detach() / CONF_SCALE)),
+    }
+    if target.scene_flow is not None and prediction.scene_flow is not None:
+        miss = (prediction.scene_flow - target.scene_flow).abs().sum(-1)
+        moving = (target.scene_flow.abs().sum(-1) > 1e-6).float()
+        # Few pixels move, so they count as much as all the others together.
+        parts["flow"] = miss.mean() + (miss * moving).sum() / moving.sum().clamp_min(1.0)
+    for name, mask in (("dynamic", target.dynamic_mask), ("subject", target.subject_mask)):
+        if mask is not None:
+            parts[name] = F.binary_cross_entropy_with_logits(raw[f"{name}_logit"], mask.float())
+    total = sum(weights[name] * value for name, value in parts.items())
+    return total, {name: value.item() for name, value in parts.items()}
+
+
+@torch.no_grad()
+def geometry_errors(prediction: GeometryPrediction, target: GeometryPrediction) -> dict[str, Float[Tensor, " B"]]:
+    """Errors of each clip after scale alignment by the clip's median depth ratio.
+
+    `abs_rel`: mean |d - d*| / d*. `translation`: mean distance of camera centres of views 1.., in first-view median depths.
+    `rotation`: mean angle, radians. `fov`: mean absolute error, radians. `flow`: mean end-point error on moving pixels (nan if none).
+    `dynamic_iou`: intersection over union of the dynamic mask (nan if neither has any).
+    """
+    target = unit_depth(target)
+    ratio = (target.depth / prediction.depth).flatten(1).median(1).values
+    depth = prediction.depth * ratio[:, None, None, None]
+    centres = prediction.cam2world[:, 1:, :3, 3] * ratio[:, None, None]
+    turn = prediction.cam2world[:, 1:, :3, :3].transpose(-1, -2) @ target.cam2world[:, 1:, :3, :3]
+    width = prediction.depth.shape[-1]
+    fov = [2 * torch.atan(width / 2 / g.intrinsics[..., 0, 0]) for g in (prediction, target)]
+    errors = {
+        "abs_rel": ((depth - target.depth).abs() / target.depth).flatten(1).mean(1),
+        "translation": (centres - target.cam2world[:, 1:, :3, 3]).norm(dim=-1).mean(1),
+        "rotation": rotation_angle(turn).mean(1),
+        "fov": (fov[0] - fov[1]).abs().mean(1),
+    }
+    if target.scene_flow is not None and prediction.scene_flow is not None:
+        moving = target.scene_flow.norm(dim=-1) > 1e-6
+        miss = (prediction.scene_flow * ratio[:, None, None, None, None] - target.scene_flow).norm(dim=-1) * moving
+        errors["flow"] = miss.flatten(1).sum(1) / moving.flatten(1).sum(1)
+    if target.dynamic_mask is not None and prediction.dynamic_mask is not None:
+        both = (prediction.dynamic_mask & target.dynamic_mask).flatten(1).sum(1)
+        errors["dynamic_iou"] = both / (prediction.dynamic_mask | target.dynamic_mask).flatten(1).sum(1)
+    return errors

@@ -1,0 +1,139 @@
+"""The Latent Geometry Model: `LGM(z) = heads . T_L ... T_{l+1} . S_psi(z)` (VGGRPO, section on the LGM; see METHOD section 1).
+
+A frozen geometry network keeps its layers after `l`, adapted by a LoRA; a connector puts video latents in the place of the
+tokens that layer `l` would have made from RGB. No frame is ever decoded, and everything is differentiable in the latents.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from pydantic import BaseModel, ConfigDict, Field
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from vggrpo.errors import UserError
+from vggrpo.geometry import GeometryPrediction
+from vggrpo.lgm.connector import Connector, ViewRate, at_view_rate
+from vggrpo.models.vggt import VGGT
+
+
+class LGMConfig(BaseModel):
+    """What an LGM was made for; loading refuses what does not fit."""
+
+    model_config = ConfigDict(extra="forbid")
+    geometry: str = Field(description="directory of the geometry model, relative to the LGM's own, or absolute")
+    vae: str = Field(description="name of the VAE whose latents it reads")
+    latent_channels: int = Field(ge=1)
+    temporal_stride: int = Field(4, ge=1, description="RGB frames a latent frame")
+    layer: int = Field(0, ge=0, description="stitch point: the connector's tokens take the place of this layer's output")
+    stride: int = Field(1, ge=1, description="spatial stride of the connector")
+    view_rate: ViewRate = "latent"
+    lora_rank: int = Field(64, ge=0, description="0: no LoRA, the connector alone is trained")
+    lora_alpha: int = Field(32, ge=1)
+    backend: Literal["vggt"] = "vggt"
+
+
+class LatentGeometryModel(nn.Module):
+    """Latents in, geometry out. Build with `from_pretrained`, or around a geometry model for training."""
+
+    def __init__(self, config: LGMConfig, geometry: VGGT) -> None:
+        super().__init__()
+        self.config = config
+        self.geometry = geometry
+        self.connector = Connector(config.latent_channels, geometry.embed_dim(config.layer), config.stride)
+        # Mean activation of the special tokens at the stitch point: first view, other views.
+        self.register_buffer("special", geometry.special_tokens(config.layer).detach().clone())
+
+    def forward(self, latents: Float[Tensor, "B C T H W"]) -> GeometryPrediction:
+        """Geometry of each view, from normalised latents.
+
+        Raises:
+            UserError: latents of another VAE (channels), not five-dimensional, or not finite.
+        """
+        return self.predict(latents)[0]
+
+    def predict(self, latents: Float[Tensor, "B C T H W"]) -> tuple[GeometryPrediction, dict[str, Tensor]]:
+        """`forward` with the raw logits that a loss needs."""
+        self._check(latents)
+        views = at_view_rate(latents, self.config.view_rate, self.config.temporal_stride)
+        x = self.connector(views)  # (B, D, S, h, w)
+        b, _, s, h, w = x.shape
+        patches = x.flatten(3).permute(0, 2, 3, 1)  # (B, S, h w, D)
+        special = torch.cat([self.special[:1], self.special[1:].expand(s - 1, -1, -1)]).to(patches.dtype)
+        prediction, raw = self.geometry.resume_raw(torch.cat([special.expand(b, -1, -1, -1), patches], 2), self.config.layer, (h, w))
+        step = self.config.temporal_stride if self.config.view_rate == "latent" else 1
+        prediction.frame_index = torch.arange(s, device=latents.device) * step
+        return prediction, raw
+
+    def add_lora(self) -> None:
+        """Freeze the geometry model and put a trainable LoRA on its layers after the stitch point."""
+        self.geometry.requires_grad_(False)
+        if self.config.lora_rank:
+            lora = LoraConfig(r=self.config.lora_rank, lora_alpha=self.config.lora_alpha, target_modules=self.geometry.lora_targets())
+            inject_adapter_in_model(lora, self.geometry)
+
+    def merge_lora(self) -> None:
+        """Fold the LoRA into the weights: the same function, without its cost. Can't be trained or saved afterwards."""
+        for module in self.geometry.modules():
+            if isinstance(module, BaseTunerLayer):
+                module.merge()
+
+    def save_pretrained(self, directory: str | Path, dtype: torch.dtype = torch.float32) -> None:
+        """Write `config.json` and `model.safetensors` (connector, special tokens, LoRA; the geometry model is referred to)."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        state = {f"connector.{k}": v for k, v in self.connector.state_dict().items()} | {"special": self.special}
+        if self.config.lora_rank:
+            state |= {f"lora.{k}": v for k, v in get_peft_model_state_dict(self.geometry).items()}
+        (directory / "config.json").write_text(json.dumps({"model_type": "latent_geometry_model"} | self.config.model_dump(), indent=2) + "\n")
+        save_file({k: v.detach().to(dtype).contiguous() for k, v in state.items()}, directory / "model.safetensors")
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> LatentGeometryModel:
+        """Read what `save_pretrained` wrote, with the geometry model that it names; ready for use, nothing requires gradients.
+
+        Raises:
+            UserError: missing or damaged files, or weights that do not fit the config.
+        """
+        directory = Path(directory)
+        try:
+            values = json.loads((directory / "config.json").read_text())
+            values.pop("model_type", None)
+            config = LGMConfig(**values)
+            state = load_file(directory / "model.safetensors")
+        except FileNotFoundError as error:
+            raise UserError(f"no latent geometry model in {directory}: it needs config.json and model.safetensors; make one with `vggrpo train-lgm`") from error
+        except Exception as error:
+            raise UserError(f"the latent geometry model in {directory} cannot be read: {str(error).splitlines()[0]}; copy or train it again") from error
+        model = cls(config, VGGT.from_pretrained(directory / config.geometry))
+        model.add_lora()
+        try:
+            model.load_state_dict_parts({k: v.float() for k, v in state.items()})
+        except (KeyError, RuntimeError) as error:
+            raise UserError(f"the weights in {directory} do not fit its config: {str(error).splitlines()[0]}; copy or train it again") from error
+        model.merge_lora()
+        return model.requires_grad_(False).eval()
+
+    def load_state_dict_parts(self, state: dict[str, Tensor]) -> None:
+        """Connector, special tokens and LoRA from one flat dict, as `save_pretrained` writes it."""
+        self.connector.load_state_dict({k.removeprefix("connector."): v for k, v in state.items() if k.startswith("connector.")})
+        self.special.copy_(state["special"])
+        if self.config.lora_rank:
+            lora = {k.removeprefix("lora."): v for k, v in state.items() if k.startswith("lora.")}
+            missed = set_peft_model_state_dict(self.geometry, lora)
+            if not lora or missed.unexpected_keys:
+                raise KeyError("the LoRA's names match no layer of the geometry model")
+
+    def _check(self, latents: Tensor) -> None:
+        if latents.ndim != 5 or latents.shape[1] != self.config.latent_channels:
+            raise UserError(f"latents of shape (B, {self.config.latent_channels}, T, H, W) of the VAE {self.config.vae!r} are needed, got {tuple(latents.shape)}")
+        if not torch.isfinite(latents).all():
+            raise UserError("latents hold NaN or infinity; check the sampler or the file that they come from")

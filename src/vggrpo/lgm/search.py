@@ -1,0 +1,103 @@
+"""Where to stitch, and with which weights: ridge regression from latents to the tokens of every candidate layer, in one pass.
+
+`W = (X'X + n lam I)^-1 X'Y` with X the 5x5x5 neighbourhoods of the latents (zero-padded as at run time) and a constant
+for the joint bias. The solution of the chosen layer IS the connector's initialisation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from vggrpo.lgm.connector import KERNEL, PADDING, Connector
+from vggrpo.models.vggt import VGGT
+
+Pair = tuple[Float[Tensor, "B C S H W"], Float[Tensor, "B S 3 H8 W8"]]
+
+
+@dataclass
+class StitchFit:
+    """The closed-form connector of one layer.
+
+    Attributes:
+        weight: (d, C, 5, 5, 5).
+        bias: (d,).
+        special: mean special tokens of the first view and of the others, (2, M, d).
+        r2: held-out share of the tokens' variance that the connector explains.
+    """
+
+    layer: int
+    weight: Tensor
+    bias: Tensor
+    special: Tensor
+    r2: float
+
+    def load_into(self, connector: Connector) -> None:
+        with torch.no_grad():
+            connector.conv.weight.copy_(self.weight)
+            connector.conv.bias.copy_(self.bias)
+
+
+def neighbourhoods(latents: Float[Tensor, "B C S H W"], stride: int) -> Float[Tensor, "N C125_1"]:
+    """Rows of X: for each token, the latents under the connector's kernel, then a 1."""
+    x = F.pad(latents, (PADDING,) * 6)
+    x = x.unfold(2, KERNEL, 1).unfold(3, KERNEL, stride).unfold(4, KERNEL, stride)  # (B, C, S, h, w, 5, 5, 5)
+    rows = x.permute(0, 2, 3, 4, 1, 5, 6, 7).flatten(4).flatten(0, 3)
+    return torch.cat([rows, torch.ones_like(rows[:, :1])], 1)
+
+
+@torch.no_grad()
+def search_layers(geometry: VGGT, train: Iterable[Pair], heldout: Iterable[Pair], stride: int, layers: list[int] | None = None,
+                  ridge: float = 1e-3) -> list[StitchFit]:
+    """Fit every layer of `layers` (default: all stitch points) and score it on held-out clips; best R^2 first.
+
+    Args:
+        train, heldout: pairs of latents at view rate and the RGB views of the same clips.
+        ridge: relative to the mean square of the latents.
+    """
+    layers = geometry.stitch_points() if layers is None else layers
+    gram, cross, specials, count = 0.0, 0.0, 0.0, 0
+    for latents, frames in train:
+        rows = neighbourhoods(latents, stride)
+        tokens, special = _targets(geometry, frames, layers)
+        # Products in float32, sums in float64: millions of rows lose digits otherwise.
+        gram, cross = gram + (rows.T @ rows).double(), cross + (rows.T @ tokens).double()
+        specials, count = specials + special.double() * len(frames), count + len(frames)
+    size = len(gram)
+    penalty = ridge * gram.diagonal()[:-1].mean() * torch.ones(size, dtype=torch.float64)
+    penalty[-1] = 0.0  # the bias is free
+    solution = torch.linalg.solve(gram + torch.diag(penalty), cross).float()
+    score = _held_out_r2(geometry, heldout, layers, stride, solution)
+    dims = [geometry.embed_dim(layer) for layer in layers]
+    fits = []
+    for layer, w, special, r2 in zip(layers, solution.split(dims, 1), (specials / count).float(), score, strict=True):
+        weight = w[:-1].T.reshape(len(w.T), -1, KERNEL, KERNEL, KERNEL)
+        fits.append(StitchFit(layer, weight.contiguous(), w[-1].clone(), special, r2))
+    return sorted(fits, key=lambda fit: -fit.r2)
+
+
+def _targets(geometry: VGGT, frames: Tensor, layers: list[int]) -> tuple[Float[Tensor, "N sumD"], Float[Tensor, "L 2 M D"]]:
+    """Patch tokens of all layers side by side, and the mean special tokens of each layer."""
+    count = geometry.special_tokens(0).shape[1]
+    tapped = [geometry.tap(frames, layer) for layer in layers]
+    patches = torch.cat([t[:, :, count:].flatten(0, 2) for t in tapped], 1)
+    special = torch.stack([torch.stack([t[:, 0, :count].mean(0), t[:, 1:, :count].mean((0, 1))]) for t in tapped])
+    return patches, special
+
+
+def _held_out_r2(geometry: VGGT, pairs: Iterable[Pair], layers: list[int], stride: int, solution: Tensor) -> list[float]:
+    """1 - residual / variance over held-out tokens, one number a layer."""
+    residual = total = first = 0.0
+    rows_seen = 0
+    for latents, frames in pairs:
+        tokens, _ = _targets(geometry, frames, layers)
+        residual = residual + (tokens - neighbourhoods(latents, stride) @ solution).double().square().sum(0)
+        total, first, rows_seen = total + tokens.double().square().sum(0), first + tokens.double().sum(0), rows_seen + len(tokens)
+    variance = total - first.square() / rows_seen
+    dims = [geometry.embed_dim(layer) for layer in layers]
+    return [1 - (r.sum() / v.sum()).item() for r, v in zip(residual.split(dims), variance.split(dims), strict=True)]

@@ -1,0 +1,58 @@
+"""Recipes of the embedded geometry networks: the teacher, and the judge (another architecture, another seed)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vggrpo.lgm.losses import geometry_errors, geometry_loss, unit_depth
+from vggrpo.models.vggt import VGGT, VGGTConfig
+from vggrpo.pretraining.data import Shards, augment
+from vggrpo.pretraining.loop import Schedule, fit
+
+TEACHER = VGGTConfig()
+JUDGE = VGGTConfig(dim=128, heads=4, conv_layers=5, pairs=2, registers=0, hooks=(1, 2), head_features=40, mlp_ratio=2.0)
+BATCH = 8
+
+
+def train_geometry(shards: list[Path], folder: Path, config: VGGTConfig, schedule: Schedule, bf16: bool = True) -> VGGT:
+    """Train a network from scratch on the truth of rendered clips (views 0, 4, 8, ...)."""
+    data = Shards.load(shards)
+    torch.manual_seed(schedule.seed)
+
+    def loss(model: VGGT, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        world = augment(data.world(torch.randint(len(data), (BATCH,), generator=generator)), generator)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            prediction, raw = model.predict(world.video.transpose(1, 2))
+        return geometry_loss(prediction, raw, unit_depth(world.geometry(every=1)))
+
+    return fit(VGGT(config), loss, schedule, folder)
+
+
+@torch.no_grad()
+def measure_geometry(model: VGGT, heldout: list[Path], clips: int = 256) -> dict[str, float]:
+    """Mean held-out errors, and the pose errors of always answering the mean path (`*_of_mean`)."""
+    data = Shards.load(heldout)
+    rows: dict[str, list[Tensor]] = {}
+    targets = []
+    for low in range(0, min(clips, len(data)), 16):
+        world = data.world(torch.arange(low, min(low + 16, clips)))
+        target = world.geometry(every=1)
+        targets.append(unit_depth(target).cam2world)
+        for name, value in geometry_errors(model(world.video.transpose(1, 2)), target).items():
+            rows.setdefault(name, []).append(value)
+    out = {name: torch.cat(values).nanmean().item() for name, values in rows.items()}
+    return out | mean_pose_errors(torch.cat(targets))
+
+
+def mean_pose_errors(cam2world: Tensor) -> dict[str, float]:
+    """Translation and rotation error of the constant answer "the mean pose of each view"; cam2world (N, S, 4, 4)."""
+    from vggrpo.geometry.se3 import rotation_angle
+
+    centres = cam2world[:, 1:, :3, 3]
+    u, _, vh = torch.linalg.svd(cam2world[:, 1:, :3, :3].mean(0))
+    mean_rotation = u @ vh
+    angle = rotation_angle(cam2world[:, 1:, :3, :3].transpose(-1, -2) @ mean_rotation)
+    return {"translation_of_mean": (centres - centres.mean(0)).norm(dim=-1).mean().item(), "rotation_of_mean": angle.mean().item()}

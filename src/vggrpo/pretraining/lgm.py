@@ -1,0 +1,100 @@
+"""Recipe of the embedded LGM: closed-form stitch, then connector + LoRA against truth and teacher, on rendered and generated clips."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from vggrpo.lgm.losses import geometry_errors, geometry_loss, unit_depth
+from vggrpo.lgm.model import LatentGeometryModel, LGMConfig
+from vggrpo.lgm.search import StitchFit, search_layers
+from vggrpo.models.vggt import VGGT
+from vggrpo.pretraining.data import Shards
+from vggrpo.pretraining.loop import Schedule, fit
+
+SCHEDULE = Schedule(steps=3000, lr=1e-3, ema=0.999, weight_decay=0.0, seed=3)
+BATCH = 8
+GENERATED_SHARE = 0.25
+
+
+class LatentClips:
+    """Clips as latents with a target geometry: the renderer's truth, or the teacher's word on generated clips."""
+
+    def __init__(self, latents: list[Path], shards: list[Path]) -> None:
+        self.truth = Shards.load(shards)
+        self.latents = torch.cat([_read(path, "latents") for path in latents])
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def pairs(self, start: int, stop: int, batch: int = 16) -> Iterator[tuple[Tensor, Tensor]]:
+        """Latents and RGB views (B, S, 3, H, W) of clips start .. stop."""
+        for low in range(start, stop, batch):
+            index = torch.arange(low, min(low + batch, stop))
+            yield self.latents[index].float(), self.truth.world(index).video.transpose(1, 2)
+
+
+def _read(path: Path, name: str) -> Tensor:
+    with safe_open(path, "pt") as file:
+        return file.get_tensor(name)
+
+
+def stitch(teacher: VGGT, clips: LatentClips, train: int = 768, heldout: int = 128) -> list[StitchFit]:
+    """Closed-form connectors of all stitch points, best held-out R^2 first."""
+    return search_layers(teacher, clips.pairs(0, train), clips.pairs(train, train + heldout), stride=1)
+
+
+def train_lgm(teacher: VGGT, clips: LatentClips, fitted: StitchFit, config: LGMConfig, folder: Path, schedule: Schedule = SCHEDULE,
+              generated: tuple[Tensor, Tensor] | None = None, bf16: bool = True) -> LatentGeometryModel:
+    """Train connector and LoRA.
+
+    Args:
+        generated: latents (N, C, T', H', W') of the base generator and their RGB views (N, S, 3, H, W); the teacher judges
+            the views. A share of `GENERATED_SHARE` of all batches. None: rendered clips alone.
+    """
+    torch.manual_seed(schedule.seed)
+    student = LatentGeometryModel(config, _copy(teacher))
+    fitted.load_into(student.connector)
+    student.special.copy_(fitted.special)
+    student.add_lora()
+
+    def loss(model: LatentGeometryModel, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        synthetic = generated is not None and torch.rand((), generator=generator) < GENERATED_SHARE
+        if synthetic:
+            index = torch.randint(len(generated[0]), (BATCH,), generator=generator)
+            latents = generated[0][index].float()
+            with torch.no_grad():
+                target = unit_depth(teacher(generated[1][index].float()))
+        else:
+            index = torch.randint(len(clips), (BATCH,), generator=generator)
+            latents, target = clips.latents[index].float(), unit_depth(clips.truth.world(index).geometry(every=1))
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            prediction, raw = model.predict(latents)
+        value, logs = geometry_loss(prediction, raw, target)
+        return value, {} if synthetic else logs
+
+    return fit(student, loss, schedule, folder)
+
+
+def _copy(teacher: VGGT) -> VGGT:
+    copy = VGGT(teacher.config)
+    copy.load_state_dict(teacher.state_dict())
+    return copy
+
+
+@torch.no_grad()
+def measure_lgm(lgm: LatentGeometryModel, teacher: VGGT, clips: LatentClips, count: int = 256) -> dict[str, dict[str, float]]:
+    """Held-out errors of LGM and RGB model on the same rendered clips."""
+    rows: dict[str, dict[str, list[Tensor]]] = {"lgm": {}, "rgb": {}}
+    for low in range(0, min(count, len(clips)), 16):
+        index = torch.arange(low, min(low + 16, count, len(clips)))
+        world = clips.truth.world(index)
+        target = world.geometry(every=1)
+        for name, prediction in (("lgm", lgm(clips.latents[index].float())), ("rgb", teacher(world.video.transpose(1, 2)))):
+            for key, value in geometry_errors(prediction, target).items():
+                rows[name].setdefault(key, []).append(value)
+    return {name: {k: torch.cat(v).nanmean().item() for k, v in errors.items()} for name, errors in rows.items()}

@@ -1,0 +1,68 @@
+"""Recipe of the embedded video VAE: a small `AutoencoderKLWan`, 8x in space and 4x in time, 16 channels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan
+from torch import Tensor
+
+from vggrpo.pretraining.data import Shards
+from vggrpo.pretraining.loop import Schedule, fit
+
+SCHEDULE = Schedule(steps=4000, lr=1e-3, ema=0.998)
+KL_WEIGHT = 1e-4
+# Short clips first: (share of the run, frames, batch). The causal cache needs long clips only to be tuned.
+STAGES = ((0.80, 5, 4), (1.0, 13, 2))
+
+
+def build_vae(mean: list[float] | None = None, std: list[float] | None = None) -> AutoencoderKLWan:
+    """The architecture; `mean` and `std` of its latents once they are measured."""
+    return AutoencoderKLWan(base_dim=16, decoder_base_dim=24, z_dim=16, dim_mult=[1, 2, 4], num_res_blocks=1,
+                            temperal_downsample=[True, True], in_channels=12, out_channels=12, patch_size=2,
+                            scale_factor_spatial=8, scale_factor_temporal=4,
+                            latents_mean=mean or [0.0] * 16, latents_std=std or [1.0] * 16)
+
+
+def vae_loss(video: Tensor, output: Tensor, mean: Tensor, logvar: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """L1 on pixels and on their differences, plus a light KL to the unit Gaussian. Video in [-1, 1]."""
+    pixel = (output - video).abs().mean()
+    edges = sum((output.diff(dim=d) - video.diff(dim=d)).abs().mean() for d in (-1, -2)) / 2
+    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+    mse = ((output.clamp(-1, 1) - video) / 2).square().mean(dim=(1, 2, 3, 4))
+    psnr = (-10 * mse.log10()).mean().item()
+    return pixel + edges + KL_WEIGHT * kl, {"l1": pixel.item(), "kl": kl.item(), "psnr": psnr}
+
+
+def train_vae(shards: list[Path], folder: Path, schedule: Schedule = SCHEDULE, bf16: bool = True) -> AutoencoderKLWan:
+    """Train, measure the latents' mean and std, return the finished VAE."""
+    data = Shards.load(shards, truth=False)
+    torch.manual_seed(schedule.seed)
+    model = build_vae()
+
+    def loss(vae: AutoencoderKLWan, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        frames, batch = next((f, b) for share, f, b in STAGES if step < share * schedule.steps)
+        index = torch.randint(len(data), (batch,), generator=generator)
+        start = int(torch.randint(18 - frames, (1,), generator=generator))
+        video = data.video(index)[:, :, start:start + frames] * 2 - 1
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            posterior = vae.encode(video).latent_dist
+            noise = torch.randn(posterior.mean.shape, generator=generator)
+            output = vae.decode(posterior.mean + posterior.std * noise).sample
+        return vae_loss(video, output.float(), posterior.mean.float(), posterior.logvar.float())
+
+    model = fit(model, loss, schedule, folder)
+    mean, std = latent_statistics(model, data)
+    finished = build_vae(mean, std)
+    finished.load_state_dict(model.state_dict())
+    return finished.eval()
+
+
+@torch.no_grad()
+def latent_statistics(vae: AutoencoderKLWan, data: Shards, clips: int = 512) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each latent channel over the first `clips` clips."""
+    latents = [vae.encode(data.video(torch.arange(i, min(i + 8, clips))) * 2 - 1).latent_dist.mean
+               for i in range(0, min(clips, len(data)), 8)]
+    flat = torch.cat(latents).transpose(0, 1).flatten(1)
+    return flat.mean(1).tolist(), flat.std(1).tolist()
