@@ -1,0 +1,261 @@
+"""`compare`: two `metrics.jsonl` of the same prompts and seeds become one table of paired differences with intervals."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vggrpo.errors import UserError
+from vggrpo.evaluation.metrics import HEADLINE, METRICS
+from vggrpo.evaluation.statistics import Interval, WinRate, holm, mean_by_prompt, motion_matched, paired_bootstrap, win_rate
+from vggrpo.io.manifest import read_jsonl
+
+Row = Mapping[str, Any]
+Pair = tuple[str, int]
+MOTION = "motion_flow"
+# What training optimised, computed on latents and merged into the rows by whoever trained: (unit, higher_is_better).
+REWARDS = {"motion_reward": ("1", True), "geometry_reward": ("1", True)}
+
+
+@dataclass(frozen=True)
+class MetricComparison:
+    """One metric over the pairs that are valid in both arms. `difference` is tuned - base, mean over prompts."""
+
+    name: str
+    unit: str
+    higher_is_better: bool
+    independence: str
+    role: str
+    base: float
+    tuned: float
+    difference: Interval
+    wins: WinRate
+    pairs: int
+    failures_base: int
+    failures_tuned: int
+    p_holm: float | None = None
+    motion_matched: Interval | None = None
+    by_tag: dict[str, Interval] = field(default_factory=dict)
+    prompts: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+    @property
+    def improved(self) -> bool | None:
+        """True or False when the interval excludes zero, None when it doesn't."""
+        if not self.difference.off_zero:
+            return None
+        return (self.difference.mean > 0) == self.higher_is_better
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Everything that EVALUATION's protocol asks for, by metric."""
+
+    metrics: dict[str, MetricComparison]
+    pairs: int
+    prompts: int
+    seeds: int
+    missing_base: list[Pair]
+    missing_tuned: list[Pair]
+    motion_ratio: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON (infinite bounds become null)."""
+        return _jsonable(asdict(self))
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), ensure_ascii=False, indent=2, allow_nan=False)
+
+    def to_markdown(self) -> str:
+        """A GitHub table, headline metrics first."""
+        head = ["metric", "label", "base", "tuned", "difference [95 % interval]", "win rate", "p (Holm)", "motion-matched", "failures", "prompts"]
+        lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+        lines += ["| " + " | ".join(cells) + " |" for cells in self.table()]
+        return "\n".join([*lines, "", *self.remarks()]) + "\n"
+
+    def table(self) -> list[list[str]]:
+        """Formatted cells, one row a metric, for the terminal and for Markdown."""
+        rows = []
+        for metric in self.metrics.values():
+            arrow = "higher is better" if metric.higher_is_better else "lower is better"
+            rows.append([
+                f"{metric.name} ({metric.unit}, {arrow})",
+                metric.independence if metric.role == "score" else f"{metric.independence}, guard",
+                _number(metric.base),
+                _number(metric.tuned),
+                _interval(metric.difference),
+                f"{metric.wins.rate:.0%} ({metric.wins.wins}/{metric.wins.ties}/{metric.wins.losses})",
+                "-" if metric.p_holm is None else f"{metric.p_holm:.2g}",
+                "-" if metric.motion_matched is None else f"{_interval(metric.motion_matched)}, n={metric.motion_matched.n}",
+                f"{metric.failures_base} / {metric.failures_tuned}",
+                str(metric.difference.n),
+            ])  # fmt: skip
+        return rows
+
+    def remarks(self) -> list[str]:
+        """What a reader has to know beside the numbers."""
+        out = [f"{self.pairs} pairs of {self.prompts} prompts; failures are base / tuned videos without a valid number; win rate (wins/ties/losses) over prompts."]
+        if self.motion_ratio is not None:
+            inside = "inside" if 0.8 <= self.motion_ratio <= 1.25 else "OUTSIDE"
+            out.append(f"Motion, tuned over base: {self.motion_ratio:.2f} ({inside} 0.8-1.25, where an improvement may count).")
+        if self.missing_base or self.missing_tuned:
+            out.append(f"Without a partner: {len(self.missing_base)} videos missing in base, {len(self.missing_tuned)} in tuned.")
+        if self.prompts < 96 or self.seeds < 2:
+            out.append("Fewer than 96 prompts x 2 seeds: shown, not claimed.")
+        return out
+
+
+def compare_files(base: Path | str, tuned: Path | str, **options: Any) -> Comparison:
+    """`compare` on two `metrics.jsonl` files, or directories that hold one."""
+    files = [Path(path) / "metrics.jsonl" if Path(path).is_dir() else Path(path) for path in (base, tuned)]
+    return compare(*(read_jsonl(file) for file in files), **options)
+
+
+def compare(base_rows: Sequence[Row], tuned_rows: Sequence[Row], *, resamples: int = 10_000, seed: int = 0) -> Comparison:
+    """Pairs rows by (prompt, seed) and compares every metric that both arms carry.
+
+    Raises:
+        UserError: when an arm has two rows of one prompt and seed, or no pair exists.
+    """
+    base, tuned = _by_pair(base_rows, "base"), _by_pair(tuned_rows, "tuned")
+    shared = [pair for pair in base if pair in tuned]
+    if not shared:
+        raise UserError("the two files share no (prompt, seed) pair; generate both arms from the same prompts and seeds")
+    names = _ordered(set().union(*(row["metrics"] for row in base.values())) & set().union(*(row["metrics"] for row in tuned.values())))
+    matched = _matched_pairs(base, tuned, shared)
+    tags = sorted({tag for pair in shared for tag in base[pair].get("tags", [])})
+
+    def bootstrap(differences: Mapping[Pair, float]) -> Interval:
+        return paired_bootstrap(list(mean_by_prompt(differences).values()), resamples=resamples, seed=seed)
+
+    metrics = {name: _compare_metric(name, base, tuned, shared, matched, tags, bootstrap) for name in names}
+    return Comparison(
+        metrics=_with_holm(metrics),
+        pairs=len(shared),
+        prompts=len({prompt for prompt, _ in shared}),
+        seeds=min(np.unique([prompt for prompt, _ in shared], return_counts=True)[1].tolist()),
+        missing_base=[pair for pair in tuned if pair not in base],
+        missing_tuned=[pair for pair in base if pair not in tuned],
+        motion_ratio=_motion_ratio(metrics.get(MOTION)),
+    )
+
+
+def _compare_metric(
+    name: str,
+    base: Mapping[Pair, Row],
+    tuned: Mapping[Pair, Row],
+    shared: Sequence[Pair],
+    matched: set[Pair],
+    tags: Sequence[str],
+    bootstrap: Callable[[Mapping[Pair, float]], Interval],
+) -> MetricComparison:
+    """One metric. Pairs that failed in either arm are left out of the means and counted."""
+    unit, higher, independence, role = _describe(name)
+    values = {pair: (_value(base[pair], name), _value(tuned[pair], name)) for pair in shared}
+    good = {pair: (a, b) for pair, (a, b) in values.items() if a is not None and b is not None}
+    differences = {pair: b - a for pair, (a, b) in good.items()}
+    by_prompt_base = mean_by_prompt({pair: a for pair, (a, _) in good.items()})
+    by_prompt_tuned = mean_by_prompt({pair: b for pair, (_, b) in good.items()})
+    change = np.array([by_prompt_tuned[prompt] - by_prompt_base[prompt] for prompt in by_prompt_base])
+    in_matched = {pair: value for pair, value in differences.items() if pair in matched}
+    tagged = {tag: {pair: value for pair, value in differences.items() if tag in base[pair].get("tags", [])} for tag in tags}
+    return MetricComparison(
+        name=name,
+        unit=unit,
+        higher_is_better=higher,
+        independence=independence,
+        role=role,
+        base=float(np.mean(list(by_prompt_base.values()))) if good else float("nan"),
+        tuned=float(np.mean(list(by_prompt_tuned.values()))) if good else float("nan"),
+        difference=bootstrap(differences),
+        wins=win_rate(change if higher else -change),
+        pairs=len(good),
+        failures_base=sum(_value(row, name) is None for row in base.values()),
+        failures_tuned=sum(_value(row, name) is None for row in tuned.values()),
+        motion_matched=bootstrap(in_matched) if in_matched else None,
+        by_tag={tag: bootstrap(part) for tag, part in tagged.items() if part},
+        prompts={prompt: (by_prompt_base[prompt], by_prompt_tuned[prompt]) for prompt in by_prompt_base},
+    )
+
+
+def _describe(name: str) -> tuple[str, bool, str, str]:
+    """Unit, direction, independence and role. The registry decides; a name it doesn't know is refused."""
+    if name in REWARDS:
+        unit, higher = REWARDS[name]
+        return unit, higher, "reward", "score"
+    metric = METRICS[name]
+    return metric.unit, metric.higher_is_better, metric.independence, metric.role
+
+
+def _ordered(names: Iterable[str]) -> list[str]:
+    known = [*HEADLINE, *(name for name in METRICS if name not in HEADLINE), *REWARDS]
+    names = set(names)
+    unknown = sorted(names - set(known))
+    if unknown:
+        raise UserError(f"unknown metric {unknown[0]!r} in the rows; the registry must say its direction and independence")
+    return [name for name in known if name in names]
+
+
+def _by_pair(rows: Sequence[Row], arm: str) -> dict[Pair, Row]:
+    out: dict[Pair, Row] = {}
+    for number, row in enumerate(rows, start=1):
+        missing = {"prompt", "seed", "metrics"} - set(row)
+        if missing:
+            raise UserError(f"row {number} of {arm} lacks {', '.join(sorted(missing))}; expected the rows of `vggrpo evaluate`")
+        pair = (str(row["prompt"]), int(row["seed"]))
+        if pair in out:
+            raise UserError(f"{arm} has two rows of seed {pair[1]} of the prompt {pair[0][:60]!r}; a pair needs one")
+        out[pair] = row
+    if not out:
+        raise UserError(f"the {arm} arm has no rows; run `vggrpo evaluate` first")
+    return out
+
+
+def _value(row: Row, name: str) -> float | None:
+    entry = row["metrics"].get(name)
+    if entry is None or not entry["valid"] or entry["value"] is None or not np.isfinite(entry["value"]):
+        return None
+    return float(entry["value"])
+
+
+def _matched_pairs(base: Mapping[Pair, Row], tuned: Mapping[Pair, Row], shared: Sequence[Pair]) -> set[Pair]:
+    motion = {pair: (_value(base[pair], MOTION), _value(tuned[pair], MOTION)) for pair in shared}
+    return {pair for pair, (a, b) in motion.items() if a is not None and b is not None and motion_matched(a, b)}
+
+
+def _motion_ratio(motion: MetricComparison | None) -> float | None:
+    """Mean motion of the tuned arm over the base arm's; None when motion wasn't measured or the base arm is still."""
+    if motion is None or not motion.base > 0:
+        return None
+    return motion.tuned / motion.base
+
+
+def _with_holm(metrics: dict[str, MetricComparison]) -> dict[str, MetricComparison]:
+    """Adjusts the scores that training didn't optimise; guards make no claim and rewards are expected to move."""
+    names = [name for name, metric in metrics.items() if metric.role == "score" and metric.independence != "reward" and metric.pairs]
+    adjusted = dict(zip(names, holm([metrics[name].difference.p for name in names]), strict=True))
+    return {name: MetricComparison(**{**metric.__dict__, "p_holm": adjusted.get(name)}) for name, metric in metrics.items()}
+
+
+def _number(value: float) -> str:
+    return "-" if not np.isfinite(value) else f"{value:.4g}"
+
+
+def _interval(interval: Interval) -> str:
+    if not np.isfinite(interval.low):
+        return f"{_number(interval.mean)} [too few prompts]"
+    return f"{interval.mean:+.3g} [{interval.low:+.3g}, {interval.high:+.3g}]"
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _jsonable(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(part) for part in value]
+    if isinstance(value, float) and not np.isfinite(value):
+        return None
+    return value

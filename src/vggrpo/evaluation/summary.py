@@ -1,0 +1,111 @@
+"""The short form of a comparison (`summary.json`), and whether an improvement counts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vggrpo.evaluation.compare import Comparison, compare
+from vggrpo.evaluation.metrics import HEADLINE
+from vggrpo.evaluation.metrics.quality import KernelComparison
+from vggrpo.evaluation.statistics import Interval, non_inferiority
+
+ADHERENCE_MARGIN = 0.05  # 5 points
+MOTION_RANGE = (0.8, 1.25)
+FEWEST_PROMPTS, FEWEST_SEEDS = 96, 2
+KERNEL_DISTANCE = "kernel_distance"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether the improvement counts: every check with its outcome (None: not measured) and a sentence."""
+
+    checks: dict[str, tuple[bool | None, str]]
+
+    @property
+    def counts(self) -> bool:
+        return all(outcome is True for outcome, _ in self.checks.values())
+
+
+def summarise(
+    base_rows: Sequence[Mapping[str, Any]], tuned_rows: Sequence[Mapping[str, Any]], *, kernel: KernelComparison | None = None, resamples: int = 10_000, seed: int = 0
+) -> dict[str, dict[str, Any]]:
+    """`{name: {base, tuned, diff, ci_low, ci_high, higher_is_better, independent, ...}}` of every metric in the rows.
+
+    Rewards that the caller merged into the rows as `motion_reward` and `geometry_reward` are included and labelled `reward`. A bound that doesn't exist
+    (one prompt) is None.
+    """
+    return summarise_comparison(compare(base_rows, tuned_rows, resamples=resamples, seed=seed), kernel)
+
+
+def summarise_comparison(comparison: Comparison, kernel: KernelComparison | None = None) -> dict[str, dict[str, Any]]:
+    """As `summarise`, from a comparison that was made already."""
+    out = {
+        metric.name: _entry(metric.base, metric.tuned, metric.difference, metric.higher_is_better, metric.independence)
+        | {"unit": metric.unit, "role": metric.role, "p_holm": metric.p_holm, "win_rate": _number(metric.wins.rate),
+           "failures_base": metric.failures_base, "failures_tuned": metric.failures_tuned}
+        for metric in comparison.metrics.values()
+    }  # fmt: skip
+    if kernel is not None:
+        out[KERNEL_DISTANCE] = _entry(kernel.base, kernel.tuned, kernel.difference, False, "independent") | {
+            "unit": "MMD^2", "role": "score", "p_holm": None, "non_inferior": kernel.against_base_itself.holds, "margin": kernel.against_base_itself.margin,
+        }  # fmt: skip
+    return out
+
+
+def verdict(comparison: Comparison, kernel: KernelComparison | None = None) -> Verdict:
+    """The conditions under which an improvement counts, fixed before any result was seen."""
+    checks: dict[str, tuple[bool | None, str]] = {}
+    enough = comparison.prompts >= FEWEST_PROMPTS and comparison.seeds >= FEWEST_SEEDS
+    checks["sample"] = (enough, f"{comparison.prompts} prompts x {comparison.seeds} seeds; {FEWEST_PROMPTS} x {FEWEST_SEEDS} are needed to claim")
+    ratio = comparison.motion_ratio
+    inside = None if ratio is None else MOTION_RANGE[0] <= ratio <= MOTION_RANGE[1]
+    checks["motion"] = (inside, "not measured" if ratio is None else f"motion ratio {ratio:.2f}; allowed {MOTION_RANGE[0]}-{MOTION_RANGE[1]}")
+    for name in HEADLINE:
+        checks[name] = _headline(comparison, name)
+    adherence = comparison.metrics.get("adherence")
+    if adherence is None or not adherence.pairs:
+        checks["adherence"] = (None, "not measured")
+    else:
+        result = non_inferiority(adherence.difference, ADHERENCE_MARGIN, higher_is_better=True)
+        checks["adherence"] = (result.holds, f"loses at most {result.worst:.3f}; margin {ADHERENCE_MARGIN}")
+    if kernel is None:
+        checks["quality"] = (None, "not measured")
+    else:
+        same = kernel.against_base_itself
+        checks["quality"] = (same.holds, f"kernel distance grows by at most {same.worst:.3g}; base against itself {same.margin:.3g}")
+    return Verdict(checks)
+
+
+def _headline(comparison: Comparison, name: str) -> tuple[bool | None, str]:
+    metric = comparison.metrics.get(name)
+    if metric is None or not metric.pairs:
+        return None, "not measured"
+    interval, matched = metric.difference, metric.motion_matched
+    better = metric.improved is True
+    sign = matched is not None and (matched.mean > 0) == metric.higher_is_better and matched.mean != 0
+    text = f"{interval.mean:+.3g} [{interval.low:+.3g}, {interval.high:+.3g}]"
+    text += "; no motion-matched pair" if matched is None else f"; motion-matched {matched.mean:+.3g} (n={matched.n})"
+    return better and sign, text
+
+
+def _entry(base: float, tuned: float, difference: Interval, higher_is_better: bool, independence: str) -> dict[str, Any]:
+    return {
+        "base": _number(base),
+        "tuned": _number(tuned),
+        "diff": _number(difference.mean),
+        "ci_low": _number(difference.low),
+        "ci_high": _number(difference.high),
+        "p": _number(difference.p),
+        "n": difference.n,
+        "higher_is_better": higher_is_better,
+        "independent": independence == "independent",
+        "independence": independence,
+    }
+
+
+def _number(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None

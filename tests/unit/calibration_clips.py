@@ -1,0 +1,58 @@
+"""Clips with known truth for the calibration of metrics: rendered footage and known ways to spoil it."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+Frames = NDArray[np.uint8]
+
+
+def rendered(seeds: list[int], camera: str = "truck_right", size: int = 64, shake: str = "smooth") -> list[Frames]:
+    """Correct parallax: clips (17, size, size, 3) of the embedded world."""
+    from vggrpo.world import sample_batch
+
+    video = sample_batch(seeds, size=(size, size), shake=shake, camera=camera).video  # (B, 3, T, H, W)
+    return [np.asarray((clip.permute(1, 2, 3, 0) * 255).round().byte().numpy()) for clip in video]
+
+
+def still_with_noise(frames: Frames, sigma: float = 2.0, seed: int = 0) -> Frames:
+    """The first frame again and again, with sensor noise of `sigma` grey levels."""
+    noise = np.random.default_rng(seed).normal(0, sigma, frames.shape)
+    return np.clip(frames[:1] + noise, 0, 255).round().astype(np.uint8)
+
+
+def blurred(frames: Frames, sigma: float = 2.0) -> Frames:
+    return np.stack([cv2.GaussianBlur(frame, (0, 0), sigma) for frame in frames])
+
+
+def ken_burns(frames: Frames, zoom: float = 1.35) -> Frames:
+    """A zoom into the first frame: motion without parallax."""
+    height, width = frames.shape[1:3]
+    out = []
+    for share in np.linspace(0, 1, len(frames)):
+        scale = 1 + (zoom - 1) * share
+        matrix = np.array([[scale, 0, (1 - scale) * width / 2], [0, scale, (1 - scale) * height / 2]])
+        out.append(cv2.warpAffine(frames[0], matrix, (width, height), flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REFLECT))
+    return np.stack(out)
+
+
+def wobble(frames: Frames, pixels: float, seed: int = 0) -> Frames:
+    """Every frame is bent by its own smooth random field with a standard deviation of `pixels`: the surface melts."""
+    rng = np.random.default_rng(seed)
+    height, width = frames.shape[1:3]
+    columns, rows = np.meshgrid(np.arange(width, dtype=np.float32), np.arange(height, dtype=np.float32))
+    out = []
+    for frame in frames:
+        coarse = rng.normal(0, 1, (2, 5, 5)).astype(np.float32)
+        field = np.stack([cv2.resize(part, (width, height), interpolation=cv2.INTER_CUBIC) for part in coarse])
+        field *= pixels / field.std()
+        out.append(cv2.remap(frame, columns + field[0], rows + field[1], cv2.INTER_CUBIC, borderMode=cv2.BORDER_REFLECT))
+    return np.stack(out)
+
+
+def hard_cut(first: Frames, second: Frames) -> Frames:
+    """The first half of one scene, then the second half of another."""
+    half = len(first) // 2
+    return np.concatenate([first[:half], second[half:]])
