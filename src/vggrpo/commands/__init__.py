@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from vggrpo.commands import doctor, world
+from vggrpo.commands import compare, doctor, evaluate, train, world
 
-COMMANDS = (world, doctor)
+COMMANDS = (train, evaluate, compare, world, doctor)

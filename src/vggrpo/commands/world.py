@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vggrpo.commands.arguments import START_AGAIN, Subparsers, image_size, non_negative_int, positive_int
 
@@ -90,12 +90,13 @@ def _write_clip(folder: Path, batch: WorldBatch, index: int, seed: int) -> Manif
     cam2world = batch.cam2world[index].cpu().numpy()
     times = [frame / batch.fps for frame in batch.frame_index.tolist()]
     write_tum(folder / f"{name}.tum.txt", cam2world, timestamps=times)
-    truth = {
+    truth: dict[str, Any] = {
         key: getattr(batch, key)[index].cpu().numpy()
         for key in ("depth", "cam2world", "intrinsics", "scene_flow", "dynamic_mask", "subject_mask")
     }
-    texts = {"caption": caption, "attributes": json.dumps(batch.attributes[index], ensure_ascii=False, default=str)}
+    truth["frame_index"] = batch.frame_index.cpu().numpy()
+    truth |= {"fps": batch.fps, "caption": caption, "attributes": json.dumps(batch.attributes[index], default=str)}
     with atomic_path(folder / f"{name}.npz") as temporary:
-        np.savez_compressed(temporary, frame_index=batch.frame_index.cpu().numpy(), fps=batch.fps, **truth, **texts)
+        np.savez_compressed(temporary, **truth)
     tags = ("dynamic" if dynamic else "static",)
     return ManifestRow(f"{name}.mp4", caption, seed, float(batch.fps), "rendered", tags)

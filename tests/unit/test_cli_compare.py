@@ -1,0 +1,73 @@
+"""`vggrpo compare` and `evaluate` as a user meets them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from vggrpo.cli import main
+from vggrpo.commands.compare import _run_directory
+from vggrpo.io.manifest import write_jsonl
+
+
+def metric_rows(arm: str, gain: float) -> list[dict]:
+    return [
+        {
+            "path": f"{prompt}_{seed}.mp4",
+            "prompt": f"prompt {prompt}",
+            "seed": seed,
+            "arm": arm,
+            "metrics": {
+                "epipolar_inliers": {
+                    "value": 0.5 + 0.01 * prompt + gain,
+                    "unit": "share",
+                    "valid": True,
+                    "reason": None,
+                }
+            },
+        }
+        for prompt in range(6)
+        for seed in range(2)
+    ]
+
+
+def test_compare_prints_a_table_and_writes_json(tmp_path, capsys):
+    for arm, gain in (("base", 0.0), ("tuned", 0.1)):
+        write_jsonl(tmp_path / arm / "metrics.jsonl", metric_rows(arm, gain))
+    output = tmp_path / "out"
+    arguments = ["compare", str(tmp_path / "base"), str(tmp_path / "tuned" / "metrics.jsonl"), "--output", str(output)]
+    assert main(arguments) == 0
+    assert "epipolar_inliers" in capsys.readouterr().out
+    numbers = json.loads((output / "comparison.json").read_text())
+    assert numbers["metrics"]["epipolar_inliers"]["difference"]["mean"] == pytest.approx(0.1)
+    assert "epipolar_inliers" in (output / "comparison.md").read_text()
+
+
+def test_compare_without_pairs_is_one_line(tmp_path, capsys):
+    write_jsonl(tmp_path / "a" / "metrics.jsonl", metric_rows("base", 0.0)[:1])
+    write_jsonl(tmp_path / "b" / "metrics.jsonl", metric_rows("tuned", 0.0)[-1:])
+    assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert main(["compare", str(tmp_path / "a"), str(tmp_path / "absent")]) == 2
+
+
+def test_a_report_is_made_only_beside_the_videos(tmp_path):
+    for arm in ("base", "tuned"):
+        (tmp_path / "eval" / arm).mkdir(parents=True)
+    assert _run_directory(tmp_path / "eval" / "base", tmp_path / "eval" / "tuned") is None
+    for arm in ("base", "tuned"):
+        write_jsonl(tmp_path / arm / "manifest.jsonl", [])
+    assert _run_directory(tmp_path / "eval" / "base", tmp_path / "eval" / "tuned" / "metrics.jsonl") == tmp_path
+    assert _run_directory(tmp_path / "eval" / "tuned", tmp_path / "eval" / "base") is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["absent.jsonl"], "absent.jsonl"), (["absent.jsonl", "--metrics", "beauty"], "beauty")],
+)
+def test_evaluate_names_what_is_wrong(tmp_path, capsys, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert main(["evaluate", *arguments, "--metrics", "motion_flow", "--output", "out", *arguments[1:]]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
