@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from typing import Any, Protocol
 
 GO_ON = "run the same command again to go on where it stopped"
@@ -17,20 +18,19 @@ class Subparsers(Protocol):
         ...
 
 
-def positive_int(text: str) -> int:
-    """An integer of at least 1."""
-    value = _integer(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
-    return value
+def at_least(minimum: int) -> Callable[[str], int]:
+    """A parser of whole numbers from `minimum` up."""
 
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+        if value < minimum:
+            raise argparse.ArgumentTypeError(f"{value} is not at least {minimum}")
+        return value
 
-def non_negative_int(text: str) -> int:
-    """An integer of at least 0."""
-    value = _integer(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{value} is negative")
-    return value
+    return parse
 
 
 def image_size(text: str) -> tuple[int, int]:
@@ -38,12 +38,5 @@ def image_size(text: str) -> tuple[int, int]:
     parts = text.lower().split("x")
     if len(parts) > 2:
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor HEIGHTxWIDTH, such as 64 or 480x832")
-    height, width = positive_int(parts[0]), positive_int(parts[-1])
+    height, width = at_least(1)(parts[0]), at_least(1)(parts[-1])
     return height, width
-
-
-def _integer(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from vggrpo.commands.arguments import GO_ON, Subparsers, positive_int
+from vggrpo.commands.arguments import GO_ON, Subparsers, at_least
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -19,7 +19,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("manifest", type=Path, help="JSON lines of {path, prompt, seed, fps, arm}, or a folder of MP4s")
     parser.add_argument("--output", type=Path, required=True, help="directory for metrics.jsonl and details.jsonl")
     parser.add_argument("--metrics", default="fast", help="fast, all, or names joined by commas (default: fast)")
-    parser.add_argument("--workers", type=positive_int, default=1, help="processes (default: %(default)s)")
+    parser.add_argument("--workers", type=at_least(1), default=1, help="processes (default: %(default)s)")
     parser.add_argument("--judge", type=Path, help="directory of the geometry network that judges (default: embedded)")
     parser.add_argument("--attributes", type=Path, help="directory of the attribute classifier (default: embedded)")
     parser.add_argument("--device", default="cpu", help="where the judges run (default: %(default)s)")

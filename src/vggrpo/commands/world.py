@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vggrpo.commands.arguments import START_AGAIN, Subparsers, image_size, non_negative_int, positive_int
+from vggrpo.commands.arguments import START_AGAIN, Subparsers, at_least, image_size
 
 if TYPE_CHECKING:
     from vggrpo.io.manifest import ManifestRow
@@ -31,9 +31,9 @@ def _add_sample(actions: Subparsers) -> None:
         description="Render clips of the embedded world. A clip is a function of its seed: the n-th has seed SEED + n.",
     )
     sample.add_argument("--output", type=Path, required=True, help="new directory for the clips and manifest.jsonl")
-    sample.add_argument("--count", type=positive_int, default=8, help="clips (default: %(default)s)")
-    sample.add_argument("--seed", type=non_negative_int, default=0, help="first seed (default: %(default)s)")
-    sample.add_argument("--frames", type=positive_int, default=17, help="frames a clip (default: %(default)s)")
+    sample.add_argument("--count", type=at_least(1), default=8, help="clips (default: %(default)s)")
+    sample.add_argument("--seed", type=at_least(0), default=0, help="first seed (default: %(default)s)")
+    sample.add_argument("--frames", type=at_least(2), default=17, help="frames a clip (default: %(default)s)")
     sample.add_argument(
         "--size", type=image_size, default=(64, 64), metavar="N|HxW", help="pixels, 64 or 48x96 (default: 64)"
     )
