@@ -22,6 +22,7 @@ command -v "$python" >/dev/null || fail "no $python found; install Python 3.10 o
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
     fail "$("$python" --version) is too old; set PYTHON to Python 3.10 or newer"
 
+case $choice in auto | cpu | cuda) ;; *) fail "TORCH=$choice is not known; use auto, cpu or cuda" ;; esac
 if [ "$choice" = auto ]; then
     choice=cuda
     # macOS has one build for all; only Linux' default build carries CUDA.
@@ -49,11 +50,7 @@ install_cpu_torch() {
 
 if ! has_torch; then
     say "installing torch $torch ($choice build) into $venv; a few minutes"
-    case $choice in
-        cpu) install_cpu_torch ;;
-        cuda) pip install -qq -c constraints.txt "torch==$torch" ;;
-        *) fail "TORCH=$choice is not known; use auto, cpu or cuda" ;;
-    esac
+    if [ "$choice" = cpu ]; then install_cpu_torch; else pip install -qq -c constraints.txt "torch==$torch"; fi
 fi
 if [ "$choice" = cpu ]; then
     say "this is the CPU build of torch; for CUDA: make clean install TORCH=cuda"
