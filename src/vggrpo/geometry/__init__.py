@@ -1,6 +1,12 @@
 """Pure functions on cameras, depth and points, and the `GeometryPrediction` contract."""
 
 from vggrpo.geometry.edges import depth_edges
+from vggrpo.geometry.epipolar import (
+    epipolar_lines,
+    essential_from_cameras,
+    fundamental_from_cameras,
+    sampson_distance,
+)
 from vggrpo.geometry.prediction import GeometryPrediction
 from vggrpo.geometry.projection import (
     pixel_grid,
@@ -27,6 +33,9 @@ __all__ = [
     "GeometryPrediction",
     "anchor_cameras",
     "depth_edges",
+    "epipolar_lines",
+    "essential_from_cameras",
+    "fundamental_from_cameras",
     "hat",
     "invert_se3",
     "pixel_grid",
@@ -37,6 +46,7 @@ __all__ = [
     "relative_pose",
     "rotation_angle",
     "safe_norm",
+    "sampson_distance",
     "so3_exp",
     "so3_log",
     "unproject",

@@ -87,12 +87,17 @@ class GeometryPrediction:
         frame_index: Int[Tensor, " S"] | None = None,
         is_metric: bool = False,
     ) -> GeometryPrediction:
-        """A prediction whose points are its depth, unprojected; without `conf` every pixel is fully trusted."""
+        """A prediction whose points are its depth, unprojected; without `conf` every pixel is fully trusted.
+
+        Points of pixels without a finite depth are NaN, but leave the cameras' gradient alone.
+        """
+        known = depth.isfinite()
+        points = unproject(torch.where(known, depth, torch.zeros_like(depth)), intrinsics, cam2world)
         return cls(
             cam2world=cam2world,
             intrinsics=intrinsics,
             depth=depth,
-            points=unproject(depth, intrinsics, cam2world),
+            points=torch.where(known[..., None], points, torch.full_like(points, torch.nan)),
             conf=torch.ones_like(depth) if conf is None else conf,
             scene_flow=scene_flow,
             dynamic_mask=dynamic_mask,

@@ -54,9 +54,7 @@ class RewardContext:
         if not isinstance(travel, Tensor):
             unknown = sorted(set(self.prompts) - set(travel))
             if unknown:
-                raise UserError(
-                    f"base_travel lacks {unknown[0]!r}: measure the base model on every prompt first"
-                )
+                raise UserError(f"base_travel lacks {unknown[0]!r}: measure the base model on every prompt first")
             travel = torch.tensor([travel[prompt] for prompt in self.prompts])
         if travel.shape != like.shape:
             raise UserError(

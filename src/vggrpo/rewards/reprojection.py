@@ -188,7 +188,8 @@ def geometry_reprojection_consistency(
         min_overlap: a view counts only if another view's points hit at least this share of its pixels. A view that
             nothing can contradict is no evidence, and a clip without a single such view is invalid.
         leave_one_out: compare each view with the other views' points only.
-        stride: use every stride-th pixel of both axes as a point; memory falls with its square.
+        stride: use every stride-th pixel of both axes as a point; memory falls with its square. A thinner cloud hides
+            less of itself, so errors of different strides are not to be compared.
         per_view: add the per-view errors as the term `e_geo_per_view` (B, S), NaN for views that do not count.
 
     Returns:

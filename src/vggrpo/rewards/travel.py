@@ -25,7 +25,7 @@ from vggrpo.rewards.base import Reward, RewardContext, finite_clips, full_precis
 def camera_steps(
     cam2world: Float[Tensor, "B S 4 4"],
 ) -> tuple[Float[Tensor, "B T 3"], Float[Tensor, "B T 3"]]:
-    """Translations ``c_{i+1} - c_i`` (world frame) and turns ``log(R_i^T R_{i+1})`` (radians) between S = T + 1 views."""
+    """Translations ``c_{i+1} - c_i`` (world frame) and turns ``log(R_i^T R_{i+1})`` (radians), T = S - 1 of each."""
     centres = cam2world[..., :3, 3]
     relative = invert_se3(cam2world[:, :-1]) @ cam2world[:, 1:]
     return centres[:, 1:] - centres[:, :-1], so3_log(relative[..., :3, :3])
