@@ -59,7 +59,7 @@ def test_every_import_of_the_package_is_declared(project):
                 names = [node.module]
             for top in {name.split(".")[0] for name in names} - {"vggrpo"} - sys.stdlib_module_names:
                 assert modules.get(top) in declared, (
-                    f"{file.relative_to(ROOT)} imports {top}, which is not a dependency"
+                    f"{file.relative_to(ROOT)} imports {top}, which is not declared"
                 )
 
 

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from vggrpo.commands import compare, doctor, evaluate, train, world
+from vggrpo.commands import audit_reward, compare, demo, doctor, evaluate, generate, train, world
 
-COMMANDS = (train, evaluate, compare, world, doctor)
+COMMANDS = (demo, train, audit_reward, generate, evaluate, compare, world, doctor)

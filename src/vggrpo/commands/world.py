@@ -1,4 +1,4 @@
-"""`vggrpo world sample`: rendered clips of the embedded world with their exact truth."""
+"""`vggrpo world`: rendered clips with exact truth, and the recipes of the shipped models."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vggrpo.commands.arguments import START_AGAIN, Subparsers, at_least, image_size
+from vggrpo.assets import NAMES
+from vggrpo.commands.arguments import GO_ON, START_AGAIN, Subparsers, at_least, image_size
 
 if TYPE_CHECKING:
     from vggrpo.io.manifest import ManifestRow
@@ -22,6 +23,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser("world", help="the embedded 4D world: rendered clips with exact truth")
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     _add_sample(actions)
+    _add_pretrain(actions)
 
 
 def _add_sample(actions: Subparsers) -> None:
@@ -40,6 +42,24 @@ def _add_sample(actions: Subparsers) -> None:
     sample.add_argument("--shake", choices=("mixed", "smooth", "handheld"), default="mixed", help="how steady it is")
     sample.add_argument("--camera", default=None, metavar="MOVE", help="one camera move for all clips (default: drawn)")
     sample.set_defaults(run=run_sample, resume=START_AGAIN)
+
+
+def _add_pretrain(actions: Subparsers) -> None:
+    pretrain = actions.add_parser(
+        "pretrain",
+        help="train one of the shipped models again",
+        description="Run the recipe of one shipped model; the same command goes on from its last checkpoint.",
+    )
+    pretrain.add_argument("model", choices=NAMES, help="which one")
+    pretrain.add_argument("--output", type=Path, default=Path("runs/pretrain"), help="directory (default: %(default)s)")
+    pretrain.set_defaults(run=run_pretrain, resume=GO_ON)
+
+
+def run_pretrain(arguments: argparse.Namespace) -> None:
+    """Train one shipped model."""
+    from vggrpo.pretraining import pretrain
+
+    pretrain(arguments.model, arguments.output)
 
 
 def run_sample(arguments: argparse.Namespace) -> None:

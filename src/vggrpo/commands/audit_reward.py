@@ -1,0 +1,32 @@
+"""`vggrpo audit-reward`: is this reward signal or noise?"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from vggrpo.commands.arguments import START_AGAIN, Subparsers, at_least
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Add `audit-reward`."""
+    parser = subparsers.add_parser(
+        "audit-reward",
+        help="is this reward signal or noise? ask before training on it",
+        description=(
+            "Measure an LGM's rewards on rendered clips whose truth is known and on clips of a generator: the floor on "
+            "consistent clips, the response to injected shake and wobble, the agreement with an independent judge."
+        ),
+    )
+    parser.add_argument("--lgm", default="embedded", help="directory of an LGM (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("runs/audit"), help="directory (default: %(default)s)")
+    parser.add_argument("--clips", type=at_least(8), default=96, help="clips of each kind (default: %(default)s)")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="first seed (default: %(default)s)")
+    parser.set_defaults(run=run, resume=START_AGAIN)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Audit; the function prints its table and writes it."""
+    from vggrpo.lgm.audit import audit_reward
+
+    audit_reward(arguments.lgm, arguments.output, clips=arguments.clips, seed=arguments.seed)

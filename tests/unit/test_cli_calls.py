@@ -1,0 +1,75 @@
+"""Each command calls its library function with arguments that the function really takes."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from unittest.mock import create_autospec
+
+import pytest
+
+from vggrpo.cli import main
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, module: str, name: str):
+    """Replace a function by a recorder that refuses arguments the function does not have."""
+    target = importlib.import_module(module)
+    recorder = create_autospec(getattr(target, name), return_value=Path("result"))
+    monkeypatch.setattr(target, name, recorder)
+    return recorder
+
+
+def test_demo(monkeypatch):
+    call = stand_in(monkeypatch, "vggrpo.demo", "run_demo")
+    assert main(["demo", "--output", "out", "--seed", "3", "--updates", "2", "--fresh"]) == 0
+    call.assert_called_once_with(Path("out"), seed=3, updates=2, fresh=True)
+
+
+def test_train(monkeypatch, capsys):
+    call = stand_in(monkeypatch, "vggrpo.posttraining", "train_grpo")
+    assert main(["train", "tiny", "updates=2", "output=runs/x"]) == 0
+    (config,) = call.call_args.args
+    assert config.updates == 2 and config.output == "runs/x"
+    assert "result" in capsys.readouterr().out
+
+
+def test_train_refuses_bad_configs_without_loading_the_trainer(tmp_path, capsys):
+    for arguments, message in [
+        (["no-such-recipe"], "no-such-recipe"),
+        (["tiny", "updatess=3"], "'updates'"),
+        (["tiny", "updates=many"], "updates"),
+        (["tiny", "updates"], "key=value"),
+    ]:
+        assert main(["train", *arguments]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+
+
+def test_generate(monkeypatch, tmp_path):
+    call = stand_in(monkeypatch, "vggrpo.sampling.generate", "generate_videos")
+    (tmp_path / "p.txt").write_text("a red ball\n\nein grüner Würfel\n", encoding="utf-8")
+    arguments = ["--prompts", str(tmp_path / "p.txt"), "--output", "out", "--seeds", "2", "--seed", "5"]
+    assert main(["generate", *arguments]) == 0
+    assert call.call_args.args[0] == ["a red ball", "ein grüner Würfel"]
+    assert list(call.call_args.kwargs["seeds"]) == [5, 6] and call.call_args.kwargs["arm"] == "base"
+    assert main(["generate", *arguments, "--lora", "lora"]) == 0
+    assert call.call_args.kwargs["arm"] == "tuned" and call.call_args.kwargs["lora"] == Path("lora")
+
+
+def test_generate_reads_its_prompts_first(tmp_path, capsys):
+    (tmp_path / "empty.txt").write_text("\n")
+    assert main(["generate", "--prompts", str(tmp_path / "empty.txt"), "--output", str(tmp_path / "out")]) == 2
+    assert "holds no prompt" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_audit_reward(monkeypatch):
+    call = stand_in(monkeypatch, "vggrpo.lgm.audit", "audit_reward")
+    assert main(["audit-reward", "--output", "out", "--clips", "8"]) == 0
+    call.assert_called_once_with("embedded", Path("out"), clips=8, seed=0)
+
+
+def test_world_pretrain(monkeypatch):
+    call = stand_in(monkeypatch, "vggrpo.pretraining", "pretrain")
+    assert main(["world", "pretrain", "judge", "--output", "out"]) == 0
+    call.assert_called_once_with("judge", Path("out"))
