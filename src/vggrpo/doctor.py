@@ -7,12 +7,14 @@ there to tell "fits" from "far too large" before anything is downloaded.
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "av", "opencv-python-headless", "plotly")
+RECIPES = ("tiny", "wan2.1-t2v-1.3b", "wan2.2-ti2v-5b")
 _GIB = 1024**3
 
 
@@ -45,54 +47,109 @@ WEIGHTS = (
 
 @dataclass(frozen=True)
 class TransformerShape:
-    """Shape of a Wan transformer, enough to count its parameters and activations.
+    """Shape of a Wan transformer and its latents, enough to count parameters and activations.
 
     Attributes:
         dim: width of a token.
         ffn_dim: width inside the feed-forward layers.
         layers: number of blocks.
+        spatial_stride: RGB pixels a latent pixel, along one side.
     """
 
     dim: int
     ffn_dim: int
     layers: int
+    spatial_stride: int = 8
 
     @property
     def parameters(self) -> int:
         """Parameters of all blocks: self- and cross-attention (4 d^2 each) and the feed-forward layer (2 d f)."""
         return self.layers * (8 * self.dim**2 + 2 * self.dim * self.ffn_dim)
 
+    def tokens(self, num_frames: int, height: int, width: int) -> int:
+        """Tokens of one video: a latent frame per 4 frames after the first, and 2x2 latent pixels a token."""
+        side = 2 * self.spatial_stride
+        return ((num_frames - 1) // 4 + 1) * (height // side) * (width // side)
+
 
 SHAPES = {
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": TransformerShape(1536, 8960, 30),
-    "Wan-AI/Wan2.2-TI2V-5B-Diffusers": TransformerShape(3072, 14336, 30),
+    "Wan-AI/Wan2.2-TI2V-5B-Diffusers": TransformerShape(3072, 14336, 30, spatial_stride=16),
 }
 
 
-def video_tokens(num_frames: int, height: int, width: int, *, spatial_stride: int) -> int:
-    """Tokens of one video: a latent frame per 4 frames after the first, and 2x2 latent pixels a token."""
-    return ((num_frames - 1) // 4 + 1) * (height // spatial_stride // 2) * (width // spatial_stride // 2)
+def pipeline_shape(path: str) -> TransformerShape:
+    """Shape of a pipeline: of the table above by its hub name, else read from the directory's config files.
+
+    Raises:
+        UserError: when it is neither.
+    """
+    from vggrpo.errors import UserError
+
+    if path in SHAPES:
+        return SHAPES[path]
+    try:
+        transformer, vae = (
+            json.loads((Path(path) / part / "config.json").read_text()) for part in ("transformer", "vae")
+        )
+        dim = transformer["num_attention_heads"] * transformer["attention_head_dim"]
+        stride = vae.get("scale_factor_spatial") or 8
+        return TransformerShape(dim, transformer["ffn_dim"], transformer["num_layers"], stride)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path} is no diffusers Wan directory with transformer/ and vae/config.json") from error
 
 
-def training_memory(shape: TransformerShape, tokens: int, *, rank: int, batch: int = 1) -> float:
-    """Rough peak memory of LoRA training in GiB, with gradient checkpointing and flash attention.
+def training_memory(
+    shape: TransformerShape,
+    tokens: int,
+    *,
+    rank: int,
+    batch: int = 1,
+    weight_bytes: int = 2,
+    checkpointing: bool = True,
+) -> float:
+    """Rough peak memory of LoRA training in GiB, with an attention that keeps no score matrix.
 
-    Sum of: frozen weights (bf16, 2 bytes each); LoRA on the 8 attention projections of each block (fp32 weight,
-    gradient and two Adam moments: 16 bytes each); each block's input kept for the backward pass (bf16); and one block
-    recomputed, about `14 d + 3 f` values a token (bf16). Not counted: text encoder and VAE, which are used before and
-    after, and the geometry model.
+    Sum of: the frozen weights; LoRA on the 8 attention projections of each block (fp32 weight, gradient and two Adam
+    moments: 16 bytes each); and what the backward pass needs, about `14 d + 3 f` values a token and block. With
+    gradient checkpointing that holds for one block at a time, and of the others only the input is kept (`d` values).
+    Not counted: text encoder and VAE, which are used before and after, and the geometry model.
 
     Args:
         shape: the transformer.
-        tokens: tokens of one video, see `video_tokens`.
+        tokens: tokens of one video, see `TransformerShape.tokens`.
         rank: LoRA rank.
         batch: videos (or denoising steps) in one backward pass.
+        weight_bytes: of one weight and of one activation, 2 for bfloat16.
+        checkpointing: whether activations are recomputed.
     """
-    weights = 2 * shape.parameters
+    weights = weight_bytes * shape.parameters
     adapter = 16 * shape.layers * 8 * rank * 2 * shape.dim
-    kept = 2 * batch * tokens * shape.layers * shape.dim
-    block = 2 * batch * tokens * (14 * shape.dim + 3 * shape.ffn_dim)
-    return (weights + adapter + kept + block) / _GIB
+    block = 14 * shape.dim + 3 * shape.ffn_dim
+    values = shape.layers * shape.dim + block if checkpointing else shape.layers * block
+    return (weights + adapter + weight_bytes * batch * tokens * values) / _GIB
+
+
+def recipe_memory(name: str) -> float:
+    """`training_memory` of a shipped recipe, in GiB.
+
+    Raises:
+        UserError: when the recipe or its pipeline is missing.
+    """
+    from vggrpo.assets import path
+    from vggrpo.config import EMBEDDED, load_config
+
+    config = load_config(name)
+    pipeline = str(path("pipeline")) if config.model.path == EMBEDDED else config.model.path
+    shape = pipeline_shape(pipeline)
+    return training_memory(
+        shape,
+        shape.tokens(config.data.num_frames, config.data.height, config.data.width),
+        rank=config.lora.rank,
+        batch=config.grpo.micro_batch,
+        weight_bytes=4 if config.model.dtype == "float32" else 2,
+        checkpointing=config.model.gradient_checkpointing,
+    )
 
 
 def is_cached(repository: str, cache: Path | None = None) -> bool:
@@ -156,7 +213,7 @@ def report() -> str:
         ("devices", devices()),
         ("memory", [f"{memory.available / _GIB:.0f} of {memory.total / _GIB:.0f} GiB free"]),
         ("embedded models (Apache-2.0, shipped; `vggrpo demo` needs nothing else)", _table(embedded_models())),
-        ("LoRA training of large models, estimated GPU memory in GiB (rank 32, 1 video)", _memory_table()),
+        ("memory that each recipe needs, estimated", _table({name: _recipe_line(name) for name in RECIPES})),
         ("weights for large models, not shipped", [_weights_line(weights) for weights in WEIGHTS]),
     ]
     return "\n".join("\n".join([title, *(f"  {line}" for line in lines), ""]) for title, lines in sections)
@@ -167,18 +224,13 @@ def _table(rows: dict[str, str]) -> list[str]:
     return [f"{name:<{width}}  {value}" for name, value in rows.items()]
 
 
-def _memory_table() -> list[str]:
-    """Estimates at the resolutions and lengths the models were made for."""
-    sizes = {
-        "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": (81, 480, 832, 8),
-        "Wan-AI/Wan2.2-TI2V-5B-Diffusers": (81, 704, 1280, 16),
-    }
-    lines = []
-    for name, (frames, height, width, stride) in sizes.items():
-        tokens = video_tokens(frames, height, width, spatial_stride=stride)
-        need = training_memory(SHAPES[name], tokens, rank=32)
-        lines.append(f"{name}  {frames} frames of {height}x{width}: {tokens} tokens, about {need:.0f} GiB")
-    return lines
+def _recipe_line(name: str) -> str:
+    from vggrpo.errors import UserError
+
+    try:
+        return f"about {recipe_memory(name):.1f} GiB"
+    except UserError as error:
+        return f"unknown: {error}"
 
 
 def _weights_line(weights: Weights) -> str:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from vggrpo import doctor
 from vggrpo.cli import main
+from vggrpo.errors import UserError
 
 
 def test_parameters_of_known_models():
@@ -25,8 +28,34 @@ def test_parameters_agree_with_diffusers():
 
 
 def test_tokens_of_the_papers_resolution():
-    assert doctor.video_tokens(81, 480, 832, spatial_stride=8) == 21 * 30 * 52
-    assert doctor.video_tokens(1, 64, 64, spatial_stride=8) == 16
+    assert doctor.SHAPES["Wan-AI/Wan2.1-T2V-1.3B-Diffusers"].tokens(81, 480, 832) == 21 * 30 * 52
+    assert doctor.SHAPES["Wan-AI/Wan2.2-TI2V-5B-Diffusers"].tokens(81, 704, 1280) == 21 * 22 * 40
+    assert doctor.TransformerShape(8, 8, 1).tokens(1, 64, 64) == 16
+
+
+def test_shape_of_a_directory(tmp_path):
+    for part, values in (
+        ("transformer", {"num_attention_heads": 4, "attention_head_dim": 32, "ffn_dim": 512, "num_layers": 6}),
+        ("vae", {"scale_factor_spatial": 16}),
+    ):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "config.json").write_text(json.dumps(values))
+    assert doctor.pipeline_shape(str(tmp_path)) == doctor.TransformerShape(128, 512, 6, 16)
+    with pytest.raises(UserError, match="no diffusers Wan directory"):
+        doctor.pipeline_shape(str(tmp_path / "vae"))
+
+
+def test_a_recipes_memory_follows_its_fields(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    name = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+    recipe.write_text(
+        f"model: {{path: {name}, dtype: bfloat16, gradient_checkpointing: true}}\n"
+        "data: {num_frames: 81, height: 480, width: 832}\ngrpo: {micro_batch: 2}\nlora: {rank: 16}\n"
+    )
+    expected = doctor.training_memory(doctor.SHAPES[name], 21 * 30 * 52, rank=16, batch=2)
+    assert doctor.recipe_memory(str(recipe)) == pytest.approx(expected)
+    with pytest.raises(UserError, match="no config"):
+        doctor.recipe_memory("no-such-recipe")
 
 
 def test_memory_grows_with_each_part_and_starts_at_the_weights():
@@ -37,6 +66,7 @@ def test_memory_grows_with_each_part_and_starts_at_the_weights():
     assert base > weights
     assert doctor.training_memory(shape, tokens=2000, rank=32) > base
     assert doctor.training_memory(shape, tokens=1000, rank=64) > base
+    assert doctor.training_memory(shape, tokens=1000, rank=32, checkpointing=False) > 5 * (base - weights)
     double = doctor.training_memory(shape, tokens=1000, rank=32, batch=2)
     assert double == pytest.approx(doctor.training_memory(shape, tokens=2000, rank=32))
 
