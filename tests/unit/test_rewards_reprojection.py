@@ -51,12 +51,11 @@ def test_worst_views_decide() -> None:
 @pytest.mark.parametrize("leave_one_out", [False, True])
 def test_exact_geometry_is_free_for_every_move_and_does_not_pay_for_standing_still(leave_one_out: bool) -> None:
     parts = [clips(list(MOVES), start=start) for start in (-0.6, 0.0, 0.5)]
-    errors, travel = [], []
+    errors = []
     for part in parts:
         reward = consistency(part.to(dtype=torch.float32), leave_one_out=leave_one_out)
         assert reward.valid.all() and (reward.terms["held"] > 0.6).all()
         errors.append(reward.terms["e_geo"])
-        travel.append(reward.terms["travel"])
     assert torch.cat(errors).max() < 1e-3
     assert torch.cat(errors).mean() < 1e-4
     # What remains is a tenth of what a wobble of a quarter pixel costs, so no ranking of it can matter to a group.
@@ -73,7 +72,14 @@ def test_wobble_ranks(kind: str, leave_one_out: bool) -> None:
         [consistency(wobble(room, pixels, kind), leave_one_out=leave_one_out).terms["e_geo"] for pixels in levels]
     )
     assert (errors.diff(dim=0) > 0).all()
-    assert (errors[-1] > 2.5 * errors[2]).all()
+    assert (errors[-1] > (1.5 if leave_one_out else 2.5) * errors[2]).all()
+
+
+def test_a_cut_between_two_places_costs_more_than_a_wobble() -> None:
+    here, there = clips(["truck"], start=-0.6), clips(["dolly"], start=0.5)
+    depth = torch.cat([here.depth[:, :3], there.depth[:, 3:]], 1)
+    glued = GeometryPrediction.from_depth(here.cam2world, here.intrinsics, depth)
+    assert consistency(glued).terms["e_geo"] > consistency(wobble(here, 1.0, "depth")).terms["e_geo"]
 
 
 def test_what_lies_behind_is_hidden_and_what_lies_in_front_is_charged_in_full() -> None:
@@ -234,10 +240,18 @@ def test_the_embedded_world_is_consistent_for_every_camera_move() -> None:
 
     errors, travel = [], []
     for number, move in enumerate(CAMERA_MOVES):
-        batch = sample_batch(range(10 * number, 10 * number + 3), size=SIZE, camera=move, supersample=1)
+        batch = sample_batch(range(10 * number, 10 * number + 2), size=SIZE, camera=move, supersample=1)
         reward = consistency(batch.geometry())
         assert reward.valid.all()
         errors.append(reward.terms["e_geo"])
         travel.append(reward.terms["travel"])
     assert torch.cat(errors).max() < 1e-3 and torch.cat(errors).mean() < 1e-4
-    assert abs(rank_correlation(torch.cat(errors), torch.cat(travel))) < 1
+    assert abs(rank_correlation(torch.cat(errors), torch.cat(travel))) < 0.5
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_agrees_with_the_cpu() -> None:
+    room = wobble(clips(list(MOVES)), 1.0, "depth").to(dtype=torch.float32)
+    here, there = consistency(room), consistency(room.to("cuda"))
+    assert there.value.is_cuda
+    torch.testing.assert_close(there.value.cpu(), here.value, rtol=1e-4, atol=1e-4)
