@@ -58,9 +58,7 @@ def test_every_import_of_the_package_is_declared(project):
             if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
                 names = [node.module]
             for top in {name.split(".")[0] for name in names} - {"vggrpo"} - sys.stdlib_module_names:
-                assert modules.get(top) in declared, (
-                    f"{file.relative_to(ROOT)} imports {top}, which is not declared"
-                )
+                assert modules.get(top) in declared, f"{file.relative_to(ROOT)} imports {top}, which is not declared"
 
 
 def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
