@@ -1,4 +1,6 @@
-"""Numbers of a whole arm: classifier features of its clips, and the kernel distance of both arms to rendered footage."""
+"""Numbers of a whole arm: classifier features of its clips, and the kernel distance of both arms to rendered
+footage.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,12 @@ Pair = tuple[str, int]
 REFERENCE_SEED = 7_000_000  # rendered clips that no training set and no prompt list uses
 
 
-def arm_features(manifest: Path | str, models: EvaluationModels) -> tuple[dict[Pair, NDArray[np.float32]], list[tuple[Pair, str]]]:
-    """Classifier features (D,) of every clip of a manifest by (prompt, seed), and the clips that couldn't be read with the reason."""
+def arm_features(
+    manifest: Path | str, models: EvaluationModels
+) -> tuple[dict[Pair, NDArray[np.float32]], list[tuple[Pair, str]]]:
+    """Classifier features (D,) of every clip of a manifest by (prompt, seed), and the clips that couldn't be read
+    with the reason.
+    """
     models.check(["attributes"])
     found: dict[Pair, NDArray[np.float32]] = {}
     failed: list[tuple[Pair, str]] = []
@@ -33,7 +39,9 @@ def arm_features(manifest: Path | str, models: EvaluationModels) -> tuple[dict[P
     return found, failed
 
 
-def reference_features(count: int, models: EvaluationModels, *, num_frames: int = 17, size: tuple[int, int] = (64, 64)) -> NDArray[np.float32]:
+def reference_features(
+    count: int, models: EvaluationModels, *, num_frames: int = 17, size: tuple[int, int] = (64, 64)
+) -> NDArray[np.float32]:
     """Features (count, D) of rendered clips of the embedded world, in batches so that memory stays flat."""
     from vggrpo.world import sample_batch
 
@@ -47,7 +55,12 @@ def reference_features(count: int, models: EvaluationModels, *, num_frames: int 
 
 
 def compare_quality(
-    base_manifest: Path | str, tuned_manifest: Path | str, models: EvaluationModels | None = None, *, reference: int | NDArray[np.floating] = 96, seed: int = 0
+    base_manifest: Path | str,
+    tuned_manifest: Path | str,
+    models: EvaluationModels | None = None,
+    *,
+    reference: int | NDArray[np.floating] = 96,
+    seed: int = 0,
 ) -> KernelComparison:
     """Kernel distance of both arms to rendered clips, over the pairs that both arms have.
 
@@ -62,12 +75,16 @@ def compare_quality(
     tuned, _ = arm_features(tuned_manifest, models)
     shared = [pair for pair in base if pair in tuned]
     if len(shared) < 2:
-        raise UserError(f"the two manifests share {len(shared)} readable (prompt, seed) pairs; a kernel distance needs two")
+        raise UserError(
+            f"the two manifests share {len(shared)} readable (prompt, seed) pairs; a kernel distance needs two"
+        )
     if isinstance(reference, int):
         frames, _ = read_video(_first_readable(base_manifest, shared))
-        reference = reference_features(reference, models, num_frames=len(frames), size=(frames.shape[1], frames.shape[2]))
-    stacked = (np.stack([arm[pair] for pair in shared]) for arm in (base, tuned))
-    return compare_kernel_distance(*stacked, reference, [prompt for prompt, _ in shared], seed=seed)
+        reference = reference_features(
+            reference, models, num_frames=len(frames), size=(frames.shape[1], frames.shape[2])
+        )
+    base_x, tuned_x = (np.stack([arm[pair] for pair in shared]) for arm in (base, tuned))
+    return compare_kernel_distance(base_x, tuned_x, reference, [prompt for prompt, _ in shared], seed=seed)
 
 
 def _first_readable(manifest: Path | str, pairs: list[Pair]) -> Path:

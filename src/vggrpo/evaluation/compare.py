@@ -1,9 +1,11 @@
-"""`compare`: two `metrics.jsonl` of the same prompts and seeds become one table of paired differences with intervals."""
+"""`compare`: two `metrics.jsonl` of the same prompts and seeds become one table of paired differences with
+intervals.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,19 @@ import numpy as np
 
 from vggrpo.errors import UserError
 from vggrpo.evaluation.metrics import HEADLINE, METRICS
-from vggrpo.evaluation.statistics import Interval, WinRate, holm, mean_by_prompt, motion_matched, paired_bootstrap, win_rate
+from vggrpo.evaluation.statistics import (
+    Interval,
+    WinRate,
+    holm,
+    mean_by_prompt,
+    motion_matched,
+    paired_bootstrap,
+    win_rate,
+)
 from vggrpo.io.manifest import read_jsonl
 
 Row = Mapping[str, Any]
-Pair = tuple[str, int]
+Pair = tuple[str, Hashable]
 MOTION = "motion_flow"
 # What training optimised, computed on latents and merged into the rows by whoever trained: (unit, higher_is_better).
 REWARDS = {"motion_reward": ("1", True), "geometry_reward": ("1", True)}
@@ -72,7 +82,18 @@ class Comparison:
 
     def to_markdown(self) -> str:
         """A GitHub table, headline metrics first."""
-        head = ["metric", "label", "base", "tuned", "difference [95 % interval]", "win rate", "p (Holm)", "motion-matched", "failures", "prompts"]
+        head = [
+            "metric",
+            "label",
+            "base",
+            "tuned",
+            "difference [95 % interval]",
+            "win rate",
+            "p (Holm)",
+            "motion-matched",
+            "failures",
+            "prompts",
+        ]
         lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
         lines += ["| " + " | ".join(cells) + " |" for cells in self.table()]
         return "\n".join([*lines, "", *self.remarks()]) + "\n"
@@ -90,7 +111,9 @@ class Comparison:
                 _interval(metric.difference),
                 f"{metric.wins.rate:.0%} ({metric.wins.wins}/{metric.wins.ties}/{metric.wins.losses})",
                 "-" if metric.p_holm is None else f"{metric.p_holm:.2g}",
-                "-" if metric.motion_matched is None else f"{_interval(metric.motion_matched)}, n={metric.motion_matched.n}",
+                "-"
+                if metric.motion_matched is None
+                else f"{_interval(metric.motion_matched)}, n={metric.motion_matched.n}",
                 f"{metric.failures_base} / {metric.failures_tuned}",
                 str(metric.difference.n),
             ])  # fmt: skip
@@ -98,12 +121,20 @@ class Comparison:
 
     def remarks(self) -> list[str]:
         """What a reader has to know beside the numbers."""
-        out = [f"{self.pairs} pairs of {self.prompts} prompts; failures are base / tuned videos without a valid number; win rate (wins/ties/losses) over prompts."]
+        out = [
+            f"{self.pairs} pairs of {self.prompts} prompts; failures are base / tuned videos without a valid number; "
+            "win rate (wins/ties/losses) over prompts."
+        ]
         if self.motion_ratio is not None:
             inside = "inside" if 0.8 <= self.motion_ratio <= 1.25 else "OUTSIDE"
-            out.append(f"Motion, tuned over base: {self.motion_ratio:.2f} ({inside} 0.8-1.25, where an improvement may count).")
+            out.append(
+                f"Motion, tuned over base: {self.motion_ratio:.2f} ({inside} 0.8-1.25, where an improvement may count)."
+            )
         if self.missing_base or self.missing_tuned:
-            out.append(f"Without a partner: {len(self.missing_base)} videos missing in base, {len(self.missing_tuned)} in tuned.")
+            out.append(
+                f"Without a partner: {len(self.missing_base)} videos are missing in base, "
+                f"{len(self.missing_tuned)} in tuned."
+            )
         if self.prompts < 96 or self.seeds < 2:
             out.append("Fewer than 96 prompts x 2 seeds: shown, not claimed.")
         return out
@@ -115,7 +146,9 @@ def compare_files(base: Path | str, tuned: Path | str, **options: Any) -> Compar
     return compare(*(read_jsonl(file) for file in files), **options)
 
 
-def compare(base_rows: Sequence[Row], tuned_rows: Sequence[Row], *, resamples: int = 10_000, seed: int = 0) -> Comparison:
+def compare(
+    base_rows: Sequence[Row], tuned_rows: Sequence[Row], *, resamples: int = 10_000, seed: int = 0
+) -> Comparison:
     """Pairs rows by (prompt, seed) and compares every metric that both arms carry.
 
     Raises:
@@ -124,8 +157,13 @@ def compare(base_rows: Sequence[Row], tuned_rows: Sequence[Row], *, resamples: i
     base, tuned = _by_pair(base_rows, "base"), _by_pair(tuned_rows, "tuned")
     shared = [pair for pair in base if pair in tuned]
     if not shared:
-        raise UserError("the two files share no (prompt, seed) pair; generate both arms from the same prompts and seeds")
-    names = _ordered(set().union(*(row["metrics"] for row in base.values())) & set().union(*(row["metrics"] for row in tuned.values())))
+        raise UserError(
+            "the two files share no (prompt, seed) pair; generate both arms from the same prompts and seeds"
+        )
+    names = _ordered(
+        set().union(*(row["metrics"] for row in base.values()))
+        & set().union(*(row["metrics"] for row in tuned.values()))
+    )
     matched = _matched_pairs(base, tuned, shared)
     tags = sorted({tag for pair in shared for tag in base[pair].get("tags", [])})
 
@@ -162,7 +200,9 @@ def _compare_metric(
     by_prompt_tuned = mean_by_prompt({pair: b for pair, (_, b) in good.items()})
     change = np.array([by_prompt_tuned[prompt] - by_prompt_base[prompt] for prompt in by_prompt_base])
     in_matched = {pair: value for pair, value in differences.items() if pair in matched}
-    tagged = {tag: {pair: value for pair, value in differences.items() if tag in base[pair].get("tags", [])} for tag in tags}
+    tagged = {
+        tag: {pair: value for pair, value in differences.items() if tag in base[pair].get("tags", [])} for tag in tags
+    }
     return MetricComparison(
         name=name,
         unit=unit,
@@ -196,7 +236,9 @@ def _ordered(names: Iterable[str]) -> list[str]:
     names = set(names)
     unknown = sorted(names - set(known))
     if unknown:
-        raise UserError(f"unknown metric {unknown[0]!r} in the rows; the registry must say its direction and independence")
+        raise UserError(
+            f"unknown metric {unknown[0]!r} in the rows; the registry must say its direction and independence"
+        )
     return [name for name in known if name in names]
 
 
@@ -205,7 +247,9 @@ def _by_pair(rows: Sequence[Row], arm: str) -> dict[Pair, Row]:
     for number, row in enumerate(rows, start=1):
         missing = {"prompt", "seed", "metrics"} - set(row)
         if missing:
-            raise UserError(f"row {number} of {arm} lacks {', '.join(sorted(missing))}; expected the rows of `vggrpo evaluate`")
+            raise UserError(
+                f"row {number} of {arm} lacks {', '.join(sorted(missing))}; expected the rows of `vggrpo evaluate`"
+            )
         pair = (str(row["prompt"]), int(row["seed"]))
         if pair in out:
             raise UserError(f"{arm} has two rows of seed {pair[1]} of the prompt {pair[0][:60]!r}; a pair needs one")
@@ -236,9 +280,15 @@ def _motion_ratio(motion: MetricComparison | None) -> float | None:
 
 def _with_holm(metrics: dict[str, MetricComparison]) -> dict[str, MetricComparison]:
     """Adjusts the scores that training didn't optimise; guards make no claim and rewards are expected to move."""
-    names = [name for name, metric in metrics.items() if metric.role == "score" and metric.independence != "reward" and metric.pairs]
+    names = [
+        name
+        for name, metric in metrics.items()
+        if metric.role == "score" and metric.independence != "reward" and metric.pairs
+    ]
     adjusted = dict(zip(names, holm([metrics[name].difference.p for name in names]), strict=True))
-    return {name: MetricComparison(**{**metric.__dict__, "p_holm": adjusted.get(name)}) for name, metric in metrics.items()}
+    return {
+        name: MetricComparison(**{**metric.__dict__, "p_holm": adjusted.get(name)}) for name, metric in metrics.items()
+    }
 
 
 def _number(value: float) -> str:

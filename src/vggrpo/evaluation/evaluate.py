@@ -1,8 +1,8 @@
 """`evaluate_manifest`: one JSONL row of metrics for every video of a manifest; resumable, parallel over videos.
 
-Rows are appended as videos finish, so an interrupted run goes on where it stopped; a video whose file changed is measured again. At the end the file is
-written once more in the manifest's order. What can't be read is a row with a reason: a failure is counted, never dropped. Per-pair and per-frame values
-go to `details.jsonl` beside it.
+Rows are appended as videos finish, so an interrupted run goes on where it stopped; a video whose file changed is
+measured again. At the end the file is written once more in the manifest's order. What can't be read is a row with a
+reason: a failure is counted, never dropped. Per-pair and per-frame values go to `details.jsonl` beside it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from vggrpo.errors import UserError
 from vggrpo.evaluation.metrics import Clip, Measurement, Metric, compute, select
 from vggrpo.evaluation.models import EvaluationModels
 from vggrpo.io.atomic import ensure_directory
-from vggrpo.io.manifest import ManifestRow, read_jsonl, read_manifest, write_jsonl
+from vggrpo.io.manifest import ManifestRow, read_manifest, write_jsonl
 from vggrpo.io.video import read_video
 
 MOST_FRAMES = 1200  # a minute at 20 fps; what is longer is refused rather than filling the memory
@@ -54,7 +54,8 @@ def evaluate_manifest(
     """Measure every video of a manifest.
 
     Args:
-        manifest: JSONL of `{path, prompt, seed, fps, arm, tags}`, or a folder of MP4s (prompt = file name, seed 0, arm = folder name).
+        manifest: JSONL of `{path, prompt, seed, fps, arm, tags}`, or a folder of MP4s (prompt = file name, seed 0,
+            arm = folder name).
         output: directory for `metrics.jsonl` and `details.jsonl`.
         metrics: `fast`, `all`, or names.
         workers: processes; 1 stays in this one.
@@ -102,7 +103,9 @@ def evaluate_manifest(
     return write_jsonl(target, (done[job.key][0] for job in jobs))
 
 
-def evaluate_clip(clip: Clip, metrics: str | Iterable[str] = "fast", models: EvaluationModels | None = None) -> dict[str, Measurement]:
+def evaluate_clip(
+    clip: Clip, metrics: str | Iterable[str] = "fast", models: EvaluationModels | None = None
+) -> dict[str, Measurement]:
     """Measurements of one clip in memory."""
     return compute(clip, select(metrics), models or EvaluationModels())
 
@@ -121,7 +124,8 @@ def _rows(source: Path) -> tuple[list[ManifestRow], Path]:
         unit = (row.prompt, row.seed, row.arm)
         if unit in seen:
             raise UserError(
-                f"{source}: {seen[unit]!r} and {row.path!r} have the same prompt, seed {row.seed} and arm {row.arm!r}; give them different seeds"
+                f"{source}: {seen[unit]!r} and {row.path!r} have the same prompt, seed {row.seed} and arm {row.arm!r}; "
+                "give them different seeds"
             )
         seen[unit] = row.path
     return rows, source.parent
@@ -164,7 +168,9 @@ def _append(file: Path, row: dict[str, Any]) -> None:
         handle.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def _run(jobs: Sequence[_Job], models: EvaluationModels, workers: int) -> Iterator[tuple[_Job, dict[str, Any], dict[str, Any]]]:
+def _run(
+    jobs: Sequence[_Job], models: EvaluationModels, workers: int
+) -> Iterator[tuple[_Job, dict[str, Any], dict[str, Any]]]:
     if workers <= 1 or len(jobs) < 2:
         for job in jobs:
             yield job, *_measure(job, models)
@@ -176,7 +182,9 @@ def _run(jobs: Sequence[_Job], models: EvaluationModels, workers: int) -> Iterat
             for future in as_completed(futures):
                 yield futures[future], *future.result()
     except BrokenProcessPool as error:
-        raise UserError("an evaluation process died (often: out of memory); run again with fewer workers, finished videos are kept") from error
+        raise UserError(
+            "an evaluation process died (often: out of memory); run again with fewer workers, finished videos are kept"
+        ) from error
 
 
 _worker_models: list[EvaluationModels] = []  # one entry in a worker process, none elsewhere
@@ -201,9 +209,15 @@ def _measure(job: _Job, models: EvaluationModels) -> tuple[dict[str, Any], dict[
     try:
         results = compute(_load(job), chosen, models)
     except (UserError, MemoryError, ValueError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        # The manifest's own name for the file: rows stay the same wherever the run directory lies.
+        reason = " ".join(str(error).split()).replace(str(job.file), job.row.path) or type(error).__name__
         results = {metric.name: Measurement.invalid(reason) for metric in chosen}
-    identity: dict[str, Any] = {"path": job.row.path, "prompt": job.row.prompt, "seed": job.row.seed, "arm": job.row.arm}
+    identity: dict[str, Any] = {
+        "path": job.row.path,
+        "prompt": job.row.prompt,
+        "seed": job.row.seed,
+        "arm": job.row.arm,
+    }
     row = dict(identity)
     if job.row.tags:
         row["tags"] = list(job.row.tags)
@@ -212,7 +226,11 @@ def _measure(job: _Job, models: EvaluationModels) -> tuple[dict[str, Any], dict[
         for metric in chosen
         for found in (results[metric.name],)
     }
-    raw = {name: {key: list(map(float, values)) for key, values in found.raw.items()} for name, found in results.items() if found.raw}
+    raw = {
+        name: {key: list(map(float, values)) for key, values in found.raw.items()}
+        for name, found in results.items()
+        if found.raw
+    }
     return row, identity | {"fingerprint": job.fingerprint, "raw": _finite(raw)}
 
 
@@ -225,4 +243,7 @@ def _load(job: _Job) -> Clip:
 
 def _finite(raw: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, list[float | None]]]:
     # JSON has no NaN; a pair without a number is null.
-    return {name: {key: [v if abs(v) < float("inf") else None for v in values] for key, values in parts.items()} for name, parts in raw.items()}
+    return {
+        name: {key: [v if abs(v) < float("inf") else None for v in values] for key, values in parts.items()}
+        for name, parts in raw.items()
+    }

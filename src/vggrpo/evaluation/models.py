@@ -25,12 +25,15 @@ class EvaluationModels:
     """Lazily loaded judges.
 
     Args:
-        judge: a directory, a loaded geometry model (`forward(frames (B, S, 3, H, W)) -> GeometryPrediction`), or None for the embedded one.
+        judge: a directory, a loaded geometry model (`forward(frames (B, S, 3, H, W)) -> GeometryPrediction`), or None
+            for the embedded one.
         attributes: a directory, a loaded classifier, or None for the embedded one.
         device: where they run.
     """
 
-    def __init__(self, judge: Path | str | Any | None = None, attributes: Path | str | Any | None = None, device: str = "cpu") -> None:
+    def __init__(
+        self, judge: Path | str | Any | None = None, attributes: Path | str | Any | None = None, device: str = "cpu"
+    ) -> None:
         self._sources: dict[str, Any] = {"judge": judge, "attributes": attributes}
         self._loaded: dict[str, Any] = {}
         self._last: tuple[Clip, GeometryPrediction] | None = None
@@ -65,7 +68,9 @@ class EvaluationModels:
         return self._model("attributes")
 
     def judge_prediction(self, clip: Clip) -> GeometryPrediction:
-        """The judge's geometry of frames 0, 4, 8, ... of one clip (B = 1); the latest clip's is kept, since several metrics use it."""
+        """The judge's geometry of frames 0, 4, 8, ... of one clip (B = 1); the latest clip's is kept, since several
+        metrics use it.
+        """
         if self._last is None or self._last[0] is not clip:
             frames = as_tensor(clip)[:, ::VIEW_STRIDE].to(self.device)  # (1, S, 3, H, W)
             with torch.inference_mode():
@@ -80,7 +85,9 @@ class EvaluationModels:
         if not isinstance(source, str | Path):
             return None
         if not Path(source).is_dir():
-            raise UserError(f"the directory of the model {name!r}, {source}, does not exist; name one that from_pretrained can read")
+            raise UserError(
+                f"the directory of the model {name!r}, {source}, does not exist; name one that from_pretrained can read"
+            )
         return Path(source)
 
     def _model(self, name: str) -> Any:

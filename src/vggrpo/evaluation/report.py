@@ -1,7 +1,8 @@
 """`build_report`: one HTML file that opens from disk, with the videos, the plots and the numbers inside.
 
-Nothing is fetched: plotly.js and the videos are embedded, and the page's content security policy forbids every connection. Prompts reach the page as JSON
-text that scripts write with `textContent` only, so a prompt that looks like markup stays a prompt.
+Nothing is fetched: plotly.js and the videos are embedded, and the page's content security policy forbids every
+connection. Prompts reach the page as JSON text that scripts write with `textContent` only, so a prompt that looks
+like markup stays a prompt.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ def build_report(run_dir: Path | str, *, video_budget: int = VIDEO_BUDGET) -> Pa
 
     Args:
         run_dir: see `report_data`.
-        video_budget: bytes of video to embed; above it videos are shrunk, then only the first ones are kept, and the page says so.
+        video_budget: bytes of video to embed; above it videos are shrunk, then only the first ones are kept, and the
+            page says so.
 
     Raises:
         UserError: when the evaluation of an arm is missing, or a file is broken.
@@ -40,7 +42,10 @@ def build_report(run_dir: Path | str, *, video_budget: int = VIDEO_BUDGET) -> Pa
     for arm in ("base", "tuned"):
         needed = run_dir / "eval" / arm / "metrics.jsonl"
         if not needed.is_file():
-            raise UserError(f"{needed} does not exist; run `vggrpo evaluate {run_dir / arm / 'manifest.jsonl'} --output {needed.parent}` first")
+            raise UserError(
+                f"{needed} does not exist; run "
+                f"`vggrpo evaluate {run_dir / arm / 'manifest.jsonl'} --output {needed.parent}` first"
+            )
     contents, left_out = embed_videos(_paired_files(run_dir), video_budget)
     ids = {path: f"v{index}" for index, path in enumerate(contents)}
     data = collect(run_dir, ids, left_out)
@@ -67,7 +72,9 @@ def render(data: dict[str, Any], videos: dict[str, str]) -> str:
 
 
 def json_island(value: Any) -> str:
-    """JSON that can stand inside <script type="application/json">: no character of it can end the element or open a comment."""
+    """JSON that can stand inside <script type="application/json">: no character of it can end the element or open a
+    comment.
+    """
     text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")

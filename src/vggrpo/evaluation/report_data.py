@@ -1,7 +1,7 @@
 """Gathers what a run directory holds into the plain data that the report shows.
 
-A run directory: `base/` and `tuned/` (manifest.jsonl and mp4s), `eval/base` and `eval/tuned` (metrics.jsonl), and, where there are any, `summary.json`,
-`train/log.jsonl`, `train/config.yaml`, `cameras.json`, `audit.json`.
+A run directory: `base/` and `tuned/` (manifest.jsonl and mp4s), `eval/base` and `eval/tuned` (metrics.jsonl), and,
+where there are any, `summary.json`, `train/log.jsonl`, `train/config.yaml`, `cameras.json`, `audit.json`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,18 @@ from vggrpo.evaluation.statistics import Interval
 from vggrpo.evaluation.summary import KERNEL_DISTANCE, verdict
 from vggrpo.io.manifest import ManifestRow, read_jsonl, read_manifest
 
-PACKAGES = ("vggrpo", "torch", "diffusers", "transformers", "peft", "opencv-python-headless", "opencv-python", "av", "numpy", "plotly")
+PACKAGES = (
+    "vggrpo",
+    "torch",
+    "diffusers",
+    "transformers",
+    "peft",
+    "opencv-python-headless",
+    "opencv-python",
+    "av",
+    "numpy",
+    "plotly",
+)
 MOST_CURVE_POINTS = 400
 ABOUT_OTHERS = {
     "motion_reward": "Camera motion smoothness from the latents: what training optimised.",
@@ -132,7 +143,12 @@ def _from_summary(name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
         "headline": False,
         "base": finite(entry.get("base")),
         "tuned": finite(entry.get("tuned")),
-        "diff": {"mean": finite(entry.get("diff")), "low": finite(entry.get("ci_low")), "high": finite(entry.get("ci_high")), "n": entry.get("n")},
+        "diff": {
+            "mean": finite(entry.get("diff")),
+            "low": finite(entry.get("ci_low")),
+            "high": finite(entry.get("ci_high")),
+            "n": entry.get("n"),
+        },
         "matched": None,
         "tags": {},
         "wins": None,
@@ -153,7 +169,11 @@ def _checks(comparison: Comparison, summary: Mapping[str, Any]) -> list[dict[str
 
 
 def _cards(
-    run_dir: Path, number: Mapping[str, int], videos: Mapping[Path, str], base_rows: Iterable[Mapping[str, Any]], tuned_rows: Iterable[Mapping[str, Any]]
+    run_dir: Path,
+    number: Mapping[str, int],
+    videos: Mapping[Path, str],
+    base_rows: Iterable[Mapping[str, Any]],
+    tuned_rows: Iterable[Mapping[str, Any]],
 ) -> list[dict[str, Any]]:
     """One card a (prompt, seed): both videos and their values."""
     arms = {}
@@ -171,14 +191,18 @@ def _cards(
             card[arm] = {
                 "video": videos.get(path) if path is not None else None,
                 "values": {name: finite(entry["value"]) for name, entry in found.items() if entry["valid"]},
-                "reasons": sorted({entry["reason"] for entry in found.values() if not entry["valid"] and entry["reason"]}),
+                "reasons": sorted(
+                    {entry["reason"] for entry in found.values() if not entry["valid"] and entry["reason"]}
+                ),
             }
         cards.append(card)
     return cards
 
 
 def training_curves(log: Path) -> dict[str, Any] | None:
-    """`{x, series: {name: [...]}}` of every number in the training log, thinned to a few hundred points; None without a log."""
+    """`{x, series: {name: [...]}}` of every number in the training log, thinned to a few hundred points; None without
+    a log.
+    """
     if not log.is_file():
         return None
     rows = [_flat(row) for row in read_jsonl(log)]
@@ -187,7 +211,11 @@ def training_curves(log: Path) -> dict[str, Any] | None:
     if len(rows) > MOST_CURVE_POINTS:
         rows = [rows[round(i * (len(rows) - 1) / (MOST_CURVE_POINTS - 1))] for i in range(MOST_CURVE_POINTS)]
     axis = next((key for key in ("update", "step", "iteration") if all(key in row for row in rows)), None)
-    names = [name for name in dict.fromkeys(key for row in rows for key in row) if name not in ("update", "step", "iteration", "time")]
+    names = [
+        name
+        for name in dict.fromkeys(key for row in rows for key in row)
+        if name not in ("update", "step", "iteration", "time")
+    ]
     return {
         "axis": axis or "row",
         "x": [row[axis] if axis else index for index, row in enumerate(rows)],
@@ -220,7 +248,8 @@ def _cameras(path: Path, number: Mapping[str, int]) -> list[dict[str, Any]]:
 
 def _is_path(points: Any) -> bool:
     return isinstance(points, Sequence) and all(
-        isinstance(point, Sequence) and len(point) == 3 and all(finite(value) is not None for value in point) for point in points
+        isinstance(point, Sequence) and len(point) == 3 and all(finite(value) is not None for value in point)
+        for point in points
     )
 
 
@@ -233,7 +262,9 @@ def _run(run_dir: Path, summary: Mapping[str, Any]) -> dict[str, Any]:
         except PackageNotFoundError:
             continue  # only one of the two OpenCV wheels is installed, and a source tree may not be
     return {
-        "facts": {key: value for key, value in summary.items() if key != "metrics" and isinstance(value, str | int | float)},
+        "facts": {
+            key: value for key, value in summary.items() if key != "metrics" and isinstance(value, str | int | float)
+        },
         "config": config.read_text(encoding="utf-8") if config.is_file() else None,
         "versions": versions,
     }

@@ -1,7 +1,8 @@
 """Paired statistics whose unit is the prompt.
 
-Two arms share prompts and seeds. Differences are taken per (prompt, seed), seeds are averaged within a prompt, and prompts are resampled. Pooling all videos
-as if they were independent gives intervals that cover 76 % where 95 % is claimed (measured on correlated seeds); a test holds the coverage of these.
+Two arms share prompts and seeds. Differences are taken per (prompt, seed), seeds are averaged within a prompt, and
+prompts are resampled. Pooling all videos as if they were independent gives intervals that cover 76 % where 95 % is
+claimed (measured on correlated seeds); a test holds the coverage of these.
 """
 
 from __future__ import annotations
@@ -66,11 +67,13 @@ def bootstrap_means(values: ArrayLike, resamples: int = RESAMPLES, seed: int = 0
     return out
 
 
-def paired_bootstrap(differences: ArrayLike, *, confidence: float = 0.95, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
+def paired_bootstrap(
+    differences: ArrayLike, *, confidence: float = 0.95, resamples: int = RESAMPLES, seed: int = 0
+) -> Interval:
     """Percentile interval of the mean of per-prompt differences (n,), widened by sqrt(n / (n - 1)).
 
-    The plain percentile bootstrap uses the biased variance and is a little narrow for small n; the factor undoes that. With fewer than two prompts there is
-    no spread to resample and the interval is infinite.
+    The plain percentile bootstrap uses the biased variance and is a little narrow for small n; the factor undoes
+    that. With fewer than two prompts there is no spread to resample and the interval is infinite.
     """
     values = np.asarray(differences, dtype=np.float64)
     if not np.isfinite(values).all():
@@ -112,7 +115,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def motion_matched(base: float, tuned: float, low: float = 0.8, high: float = 1.25) -> bool:
-    """Whether the tuned video moves about as much as the base video: low <= tuned / base <= high. Two still videos match."""
+    """Whether the tuned video moves about as much as the base video: low <= tuned / base <= high. Two still videos
+    match.
+    """
     if base == 0:
         return tuned == 0
     return low <= tuned / base <= high
@@ -150,8 +155,8 @@ def spearman(first: ArrayLike, second: ArrayLike) -> float:
 def within_group_spearman(first: ArrayLike, second: ArrayLike, groups: Sequence[Hashable]) -> float:
     """Rank correlation after each group's own mean rank is taken out: do the two agree *within* a group (one prompt)?
 
-    Ranks are taken inside each group and divided by its size, so that prompts that are hard for both don't count as agreement. The correlation is pooled
-    over groups of at least three; NaN when there is none or all are constant.
+    Ranks are taken inside each group and divided by its size, so that prompts that are hard for both don't count as
+    agreement. The correlation is pooled over groups of at least three; NaN when there is none or all are constant.
     """
     a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     if not len(a) == len(b) == len(groups):

@@ -31,12 +31,17 @@ class Verdict:
 
 
 def summarise(
-    base_rows: Sequence[Mapping[str, Any]], tuned_rows: Sequence[Mapping[str, Any]], *, kernel: KernelComparison | None = None, resamples: int = 10_000, seed: int = 0
+    base_rows: Sequence[Mapping[str, Any]],
+    tuned_rows: Sequence[Mapping[str, Any]],
+    *,
+    kernel: KernelComparison | None = None,
+    resamples: int = 10_000,
+    seed: int = 0,
 ) -> dict[str, dict[str, Any]]:
     """`{name: {base, tuned, diff, ci_low, ci_high, higher_is_better, independent, ...}}` of every metric in the rows.
 
-    Rewards that the caller merged into the rows as `motion_reward` and `geometry_reward` are included and labelled `reward`. A bound that doesn't exist
-    (one prompt) is None.
+    Rewards that the caller merged into the rows as `motion_reward` and `geometry_reward` are included and labelled
+    `reward`. A bound that doesn't exist (one prompt) is None.
     """
     return summarise_comparison(compare(base_rows, tuned_rows, resamples=resamples, seed=seed), kernel)
 
@@ -51,7 +56,8 @@ def summarise_comparison(comparison: Comparison, kernel: KernelComparison | None
     }  # fmt: skip
     if kernel is not None:
         out[KERNEL_DISTANCE] = _entry(kernel.base, kernel.tuned, kernel.difference, False, "independent") | {
-            "unit": "MMD^2", "role": "score", "p_holm": None, "non_inferior": kernel.against_base_itself.holds, "margin": kernel.against_base_itself.margin,
+            "unit": "MMD^2", "role": "score", "p_holm": None,
+            "non_inferior": kernel.against_base_itself.holds, "margin": kernel.against_base_itself.margin,
         }  # fmt: skip
     return out
 
@@ -60,10 +66,16 @@ def verdict(comparison: Comparison, kernel: KernelComparison | None = None) -> V
     """The conditions under which an improvement counts, fixed before any result was seen."""
     checks: dict[str, tuple[bool | None, str]] = {}
     enough = comparison.prompts >= FEWEST_PROMPTS and comparison.seeds >= FEWEST_SEEDS
-    checks["sample"] = (enough, f"{comparison.prompts} prompts x {comparison.seeds} seeds; {FEWEST_PROMPTS} x {FEWEST_SEEDS} are needed to claim")
+    checks["sample"] = (
+        enough,
+        f"{comparison.prompts} prompts x {comparison.seeds} seeds; a claim needs {FEWEST_PROMPTS} x {FEWEST_SEEDS}",
+    )
     ratio = comparison.motion_ratio
     inside = None if ratio is None else MOTION_RANGE[0] <= ratio <= MOTION_RANGE[1]
-    checks["motion"] = (inside, "not measured" if ratio is None else f"motion ratio {ratio:.2f}; allowed {MOTION_RANGE[0]}-{MOTION_RANGE[1]}")
+    checks["motion"] = (
+        inside,
+        "not measured" if ratio is None else f"motion ratio {ratio:.2f}; allowed {MOTION_RANGE[0]}-{MOTION_RANGE[1]}",
+    )
     for name in HEADLINE:
         checks[name] = _headline(comparison, name)
     adherence = comparison.metrics.get("adherence")
@@ -76,7 +88,10 @@ def verdict(comparison: Comparison, kernel: KernelComparison | None = None) -> V
         checks["quality"] = (None, "not measured")
     else:
         same = kernel.against_base_itself
-        checks["quality"] = (same.holds, f"kernel distance grows by at most {same.worst:.3g}; base against itself {same.margin:.3g}")
+        checks["quality"] = (
+            same.holds,
+            f"kernel distance grows by at most {same.worst:.3g}; base against itself {same.margin:.3g}",
+        )
     return Verdict(checks)
 
 
@@ -92,7 +107,9 @@ def _headline(comparison: Comparison, name: str) -> tuple[bool | None, str]:
     return better and sign, text
 
 
-def _entry(base: float, tuned: float, difference: Interval, higher_is_better: bool, independence: str) -> dict[str, Any]:
+def _entry(
+    base: float, tuned: float, difference: Interval, higher_is_better: bool, independence: str
+) -> dict[str, Any]:
     return {
         "base": _number(base),
         "tuned": _number(tuned),

@@ -1,6 +1,7 @@
 """The registry of per-video metrics: name, unit, direction, independence, cost, role.
 
-`METRICS` is the one place that says what a number means and whether training has seen it; whoever writes a result can't relabel it.
+`METRICS` is the one place that says what a number means and whether training has seen it; whoever writes a result
+can't relabel it.
 """
 
 from __future__ import annotations
@@ -84,7 +85,8 @@ def select(metrics: str | Iterable[str]) -> list[Metric]:
 def compute(clip: Clip, metrics: Sequence[Metric], models: EvaluationModels) -> dict[str, Measurement]:
     """Measurements of one clip; functions that yield several metrics run once.
 
-    A metric that raises is that metric's invalid measurement with the error as reason: a long evaluation must end with a row for every video.
+    A metric that raises is that metric's invalid measurement with the error as reason: a long evaluation must end
+    with a row for every video.
     """
     done: dict[str, Measurement] = {}
     for metric in metrics:

@@ -1,7 +1,8 @@
 """`adherence`: share of what the prompt asks for that the attribute classifier recognises in the clip.
 
-The classifier saw rendered clips only, and knows objects, colours, camera move and motion of the embedded world's captions; a prompt that isn't such a
-caption has no attributes to check and the clip is invalid, not zero. It is blind to geometry, which is why it stands beside the geometric metrics.
+The classifier saw rendered clips only, and knows objects, colours, camera move and motion of the embedded world's
+captions; a prompt that isn't such a caption has no attributes to check and the clip is invalid, not zero. It is blind
+to geometry, which is why it stands beside the geometric metrics.
 """
 
 from __future__ import annotations
@@ -23,7 +24,11 @@ def adherence(clip: Clip, models: EvaluationModels) -> dict[str, Measurement]:
 
     attributes = caption_to_attributes(clip.prompt)
     if attributes is None:
-        return {"adherence": Measurement.invalid("the prompt is not a caption of the embedded world, so its attributes are unknown")}
+        return {
+            "adherence": Measurement.invalid(
+                "the prompt is not a caption of the embedded world, so its attributes are unknown"
+            )
+        }
     video = as_tensor(clip).transpose(1, 2).to(models.device)  # (1, 3, T, H, W)
     with torch.inference_mode():
         return {"adherence": Measurement.of(float(models.attributes.adherence(video, [attributes])[0]))}

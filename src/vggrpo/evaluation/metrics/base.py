@@ -1,6 +1,7 @@
 """What every metric takes and gives: a `Clip` goes in, named `Measurement`s come out.
 
-A metric never invents a number: what can't be computed is a `Measurement` with `valid=False` and a reason that a person can act on.
+A metric never invents a number: what can't be computed is a `Measurement` with `valid=False` and a reason that a
+person can act on.
 """
 
 from __future__ import annotations
@@ -110,7 +111,8 @@ class Metric:
         name: key in `metrics.jsonl`.
         unit: unit of the value ("1" for a pure number).
         higher_is_better: direction.
-        independence: `reward` (what training optimised), `reward-related` (same formula or a relative of it), `independent`.
+        independence: `reward` (what training optimised), `reward-related` (same formula or a relative of it),
+            `independent`.
         cost: `fast` metrics need seconds a clip on one core.
         role: a `guard` is shown beside the scores to expose how they can be cheated; it makes no claim itself.
         compute: function that returns this metric, maybe with siblings made from the same work.
@@ -130,7 +132,8 @@ class Metric:
 
 
 def frame_pairs(num_frames: int, fps: float, gap: float, step: float, most: int) -> list[tuple[int, int]]:
-    """Index pairs (i, j) that lie `gap` seconds apart, starting every `step` seconds, at most `most` of them, evenly spread.
+    """Index pairs (i, j) that lie `gap` seconds apart, starting every `step` seconds, at most `most` of them, evenly
+    spread.
 
     Gaps are times, so that a clip at 8 fps and the same clip at 24 fps are asked the same question.
     """

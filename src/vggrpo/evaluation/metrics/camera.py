@@ -1,8 +1,10 @@
 """Camera motion from poses of the judge (an independent geometry network that sees RGB).
 
-- `camera_acceleration`: (e_trans + e_rot) / 2 of the motion reward, that is mean |a_i| / (|v_i| + |v_{i+1}| + eps) of translation and rotation:
-  0 is a steady move, 1 a jump back and forth. The poses are independent of training, the formula is not: `reward-related`.
-- `camera_travel`: path length / median depth + total rotation in radians (guard: a camera that stands still is perfectly smooth).
+- `camera_acceleration`: (e_trans + e_rot) / 2 of the motion reward, that is mean |a_i| / (|v_i| + |v_{i+1}| + eps) of
+  translation and rotation: 0 is a steady move, 1 a jump back and forth. The poses are independent of training, the
+  formula is not: `reward-related`.
+- `camera_travel`: path length / median depth + total rotation in radians (guard: a camera that stands still is
+  perfectly smooth).
 - `camera_largest_step`: largest step between views / median step (guard: one teleport hides in a mean).
 """
 
@@ -27,7 +29,10 @@ def camera(clip: Clip, models: EvaluationModels) -> dict[str, Measurement]:
     prediction = models.judge_prediction(clip)
     views = prediction.cam2world.shape[1]
     if views < 3:
-        return {name: Measurement.invalid(f"the clip has {views} views; acceleration needs three (nine frames)") for name in NAMES}
+        return {
+            name: Measurement.invalid(f"the clip has {views} views; acceleration needs three (nine frames)")
+            for name in NAMES
+        }
     smoothness = camera_motion_smoothness(prediction)
     if not bool(smoothness.valid[0]):
         return {name: Measurement.invalid("the judge's poses are not finite") for name in NAMES}

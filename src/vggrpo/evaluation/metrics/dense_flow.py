@@ -21,7 +21,9 @@ def flow_pairs(clip: Clip) -> list[tuple[int, int]]:
 
 def dense_flow(first: NDArray[np.uint8], second: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Flow (H, W, 2) in pixels from grey frame `first` to `second`, both (H, W)."""
-    return np.asarray(cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST).calc(first, second, None), dtype=np.float32)
+    return np.asarray(
+        cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST).calc(first, second, None), dtype=np.float32
+    )
 
 
 def working_frame(clip: Clip, index: int) -> NDArray[np.uint8]:

@@ -2,8 +2,9 @@
 
     flow_cycle = mean over pairs of  median_x |f(x) + b(x + f(x))| / median_x |f(x)|
 
-A popping or melting surface has no consistent correspondence, so its flow doesn't invert. The ratio is undefined where nothing moves: pairs whose median
-flow is under the motion floor are left out, and a clip without a moving pair is invalid rather than perfect.
+A popping or melting surface has no consistent correspondence, so its flow doesn't invert. The ratio is undefined
+where nothing moves: pairs whose median flow is under the motion floor are left out, and a clip without a moving pair
+is invalid rather than perfect.
 """
 
 from __future__ import annotations
@@ -37,5 +38,9 @@ def flow_cycle(clip: Clip, models: EvaluationModels | None = None) -> dict[str, 
         if error.size:
             ratios.append(float(np.median(error)) / size)
     if not ratios:
-        return {"flow_cycle": Measurement.invalid(f"median flow stays under {MOTION_FLOOR} px a pair; a still clip has no cycle to close")}
+        return {
+            "flow_cycle": Measurement.invalid(
+                f"median flow stays under {MOTION_FLOOR} px a pair; a still clip has no cycle to close"
+            )
+        }
     return {"flow_cycle": Measurement.of(float(np.mean(ratios)), pairs=ratios)}

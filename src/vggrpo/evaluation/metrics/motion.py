@@ -1,9 +1,12 @@
-"""Motion and sharpness: the guards that every consistency number is read with, because still and blurred videos are consistent too.
+"""Motion and sharpness: the guards that every consistency number is read with, because still and blurred videos are
+consistent too.
 
-- `motion_flow`: median flow magnitude over pixels, in image diagonals per second, mean over pairs (independent of size and frame rate).
-- `ssim_change`: 1 - SSIM (Wang et al. 2004, Gaussian window 11, sigma 1.5) of the first frame to frames every half second, mean.
-- `sharpness`: variance of the Laplacian of luma in [0, 1] at the clip's own size, median over frames. Noise raises it too, so compare it
-  between arms and not with other videos.
+- `motion_flow`: median flow magnitude over pixels, in image diagonals per second, mean over pairs (independent of
+  size and frame rate).
+- `ssim_change`: 1 - SSIM (Wang et al. 2004, Gaussian window 11, sigma 1.5) of the first frame to frames every half
+  second, mean.
+- `sharpness`: variance of the Laplacian of luma in [0, 1] at the clip's own size, median over frames. Noise raises it
+  too, so compare it between arms and not with other videos.
 """
 
 from __future__ import annotations
@@ -46,7 +49,9 @@ def structural_similarity(first: NDArray[np.uint8], second: NDArray[np.uint8]) -
     mean_a, mean_b = blur(a), blur(b)
     var_a, var_b, cov = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2, blur(a * b) - mean_a * mean_b
     c1, c2 = 0.01**2, 0.03**2
-    return float(np.mean((2 * mean_a * mean_b + c1) * (2 * cov + c2) / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))))
+    return float(
+        np.mean((2 * mean_a * mean_b + c1) * (2 * cov + c2) / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2)))
+    )
 
 
 def ssim_change(clip: Clip, models: EvaluationModels | None = None) -> dict[str, Measurement]:
@@ -54,7 +59,9 @@ def ssim_change(clip: Clip, models: EvaluationModels | None = None) -> dict[str,
     stride = max(1, round(SAMPLE_STEP * clip.fps))
     indices = list(range(stride, clip.num_frames, stride))[:MOST_SAMPLES]
     if not indices:
-        return {"ssim_change": Measurement.invalid(f"the clip lasts {clip.seconds:.2f} s, shorter than {SAMPLE_STEP} s")}
+        return {
+            "ssim_change": Measurement.invalid(f"the clip lasts {clip.seconds:.2f} s, shorter than {SAMPLE_STEP} s")
+        }
     changes = [1.0 - structural_similarity(clip.grey[0], clip.grey[index]) for index in indices]
     return {"ssim_change": Measurement.of(float(np.mean(changes)), frames=changes)}
 

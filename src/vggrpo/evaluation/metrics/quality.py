@@ -1,17 +1,21 @@
-"""Kernel distance (as KID, Binkowski et al. 2018) between an arm's clips and rendered reference clips, in the attribute classifier's features.
+"""Kernel distance (as KID, Binkowski et al. 2018) between an arm's clips and rendered reference clips, in the
+attribute classifier's features.
 
     k(x, y) = (x . y / d + 1)^3
-    MMD^2   = mean_{i != j} k(x_i, x_j) + mean_{i != j} k(y_i, y_j) - 2 mean_{i, j} k(x_i, y_j)          (unbiased: it can be negative)
+    MMD^2   = mean_{i != j} k(x_i, x_j) + mean_{i != j} k(y_i, y_j) - 2 mean_{i, j} k(x_i, y_j)          (unbiased: it
+    can be negative)
 
-Deviation: features are divided by one scalar, the reference's root mean square, so that the number doesn't depend on the classifier's scale. It is a number
-of an arm, not of a video. Both arms must have equally many clips, since small samples differ in noise. Intervals resample prompts (all seeds of a prompt
-together); a clip drawn twice is never paired with itself, which would bias the U-statistic upwards.
+Deviation: features are divided by one scalar, the reference's root mean square, so that the number doesn't depend on
+the classifier's scale. It is a number of an arm, not of a video. Both arms must have equally many clips, since small
+samples differ in noise. Intervals resample prompts (all seeds of a prompt together); a clip drawn twice is never
+paired with itself, which would bias the U-statistic upwards.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +23,7 @@ from numpy.typing import NDArray
 from vggrpo.errors import UserError
 from vggrpo.evaluation.statistics import RESAMPLES, Interval, NonInferiority, non_inferiority
 
-Features = NDArray[np.floating]
+Features = NDArray[Any]  # floating, (N, D)
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,9 @@ def _scaled(reference: Features, *arms: Features) -> list[NDArray[np.float64]]:
     return out
 
 
-def _distances(reference: NDArray[np.float64], arm: NDArray[np.float64], counts: NDArray[np.float64]) -> NDArray[np.float64]:
+def _distances(
+    reference: NDArray[np.float64], arm: NDArray[np.float64], counts: NDArray[np.float64]
+) -> NDArray[np.float64]:
     """MMD^2 of the arm (N, D) drawn `counts` (R, N) times against the whole reference (M, D): (R,)."""
     everything = np.ones((1, len(reference)))
     own = _off_diagonal_mean(_kernel(arm, arm), counts)
@@ -70,7 +76,13 @@ def kernel_distance(features: Features, reference: Features) -> float:
 
 
 def compare_kernel_distance(
-    base: Features, tuned: Features, reference: Features, prompts: Sequence[str], *, resamples: int = RESAMPLES, seed: int = 0
+    base: Features,
+    tuned: Features,
+    reference: Features,
+    prompts: Sequence[str],
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
 ) -> KernelComparison:
     """Both arms against the reference, with a bootstrap over prompts.
 
@@ -79,16 +91,23 @@ def compare_kernel_distance(
         reference: (M, D) features of rendered clips.
         prompts: prompt of each row.
 
-    The margin of non-inferiority is the 95th percentile of |base drawn once - base drawn again|: what the same model differs from itself by chance.
+    The margin of non-inferiority is the 95th percentile of |base drawn once - base drawn again|: what the same model
+    differs from itself by chance.
     """
     if not len(base) == len(tuned) == len(prompts):
-        raise UserError(f"both arms need the same clips: got {len(base)} base, {len(tuned)} tuned, {len(prompts)} prompts")
+        raise UserError(
+            f"both arms need the same clips: got {len(base)} base, {len(tuned)} tuned, {len(prompts)} prompts"
+        )
     if len(base) < 2 or len(reference) < 2:
         raise UserError(f"a kernel distance needs two clips on each side, got {len(base)} and {len(reference)}")
     ref, base_x, tuned_x = _scaled(reference, base, tuned)
-    members = np.array([[prompt == name for prompt in prompts] for name in dict.fromkeys(prompts)], dtype=np.float64)  # (P, N)
+    members = np.array(
+        [[prompt == name for prompt in prompts] for name in dict.fromkeys(prompts)], dtype=np.float64
+    )  # (P, N)
     rng = np.random.default_rng(seed)
-    first, second = (rng.multinomial(len(members), np.full(len(members), 1 / len(members)), resamples) @ members for _ in range(2))
+    first, second = (
+        rng.multinomial(len(members), np.full(len(members), 1 / len(members)), resamples) @ members for _ in range(2)
+    )
     once = np.ones((1, len(base_x)))
     base_value, tuned_value = float(_distances(ref, base_x, once)[0]), float(_distances(ref, tuned_x, once)[0])
     drawn = _distances(ref, base_x, first)
@@ -99,4 +118,6 @@ def compare_kernel_distance(
         low, high, tail = -np.inf, np.inf, 0.5
     interval = Interval(tuned_value - base_value, float(low), float(high), min(1.0, 2 * tail), len(members))
     margin = float(np.quantile(np.abs(_distances(ref, base_x, second) - drawn), 0.95))
-    return KernelComparison(base_value, tuned_value, interval, non_inferiority(interval, margin, higher_is_better=False))
+    return KernelComparison(
+        base_value, tuned_value, interval, non_inferiority(interval, margin, higher_is_better=False)
+    )

@@ -1,8 +1,9 @@
 """`judge_reprojection`: the geometry reward's error e_geo, but of geometry that the judge reads from RGB.
 
-The network is independent (other architecture and seed, never used for training or distillation), the formula is the reward's, hence the label
-`reward-related`. It is part of the headline all the same, as fixed before any result was seen. Known weakness: the judge's own errors set a floor under every
-value, so compare arms and don't read the number alone.
+The network is independent (other architecture and seed, never used for training or distillation), the formula is the
+reward's, hence the label `reward-related`. It is part of the headline all the same, as fixed before any result was
+seen. Known weakness: the judge's own errors set a floor under every value, so compare arms and don't read the number
+alone.
 """
 
 from __future__ import annotations

@@ -167,7 +167,7 @@
   function figure(card, arm) {
     const part = card[arm];
     const caption = make("figcaption", {}, arm === "base" ? "Base" : "Tuned");
-    if (!part.video) {
+    if (!part.video || (part.reasons.length && !Object.keys(part.values).length)) {
       const why = part.reasons.length ? part.reasons.join("; ") : data.leftOut ? "left out to keep this page light" : "no video";
       return make("figure", {}, make("div", { class: "novideo" }, why), caption);
     }
@@ -260,18 +260,27 @@
     return [["base", "--base"], ["tuned", "--tuned"]].filter(([arm]) => path[arm]).flatMap(([arm, tone]) => {
       const [x, y, z] = [0, 1, 2].map((axis) => path[arm].map((point) => point[axis]));
       // Drawn with the vertical axis up: plot (x, z, -y).
-      const trace = { type: "scatter3d", mode: "lines+markers", name: arm, x, y: z, z: y.map((value) => -value), line: { color: colour(tone), width: 6 }, marker: { size: x.map((_, index) => (index ? 3 : 6)), color: colour(tone) }, hovertemplate: `${arm}, view %{pointNumber}<br>x %{x:.3f}, y %{customdata:.3f}, z %{y:.3f}<extra></extra>`, customdata: y };
-      return [trace];
+      return [{ type: "scatter3d", mode: "lines+markers", name: arm, x, y: z, z: y.map((value) => -value), line: { color: colour(tone), width: 6 }, marker: { size: x.map((_, index) => (index ? 3 : 6)), color: colour(tone) }, hovertemplate: `${arm}, view %{pointNumber}<br>x %{x:.3f}, y %{customdata:.3f}, z %{y:.3f}<extra></extra>`, customdata: y }];
     });
+  }
+  // One scale for all three axes, so that a straight line looks straight and a small move doesn't look large beside another.
+  function axes(path) {
+    const points = [...(path.base || []), ...(path.tuned || [])];
+    const bounds = [0, 1, 2].map((axis) => { const values = points.map((point) => point[axis]); return [Math.min(...values), Math.max(...values)]; });
+    const half = 0.55 * Math.max(1e-3, ...bounds.map(([low, high]) => high - low));
+    const axis = ([low, high], flip, text) => {
+      const middle = (flip ? -1 : 1) * (low + high) / 2;
+      return { range: [middle - half, middle + half], title: { text }, gridcolor: colour("--line"), zerolinecolor: colour("--line"), color: colour("--muted"), showbackground: false, nticks: 5 };
+    };
+    return { xaxis: axis(bounds[0], false, "x right"), yaxis: axis(bounds[2], false, "z forward"), zaxis: axis(bounds[1], true, "up") };
   }
   function cameras() {
     if (!data.cameras.length) { byId("cameras").replaceChildren(byId("cameras-h"), make("p", { class: "muted" }, "No camera paths were recorded in this run.")); return; }
     data.cameras.forEach((path, index) => cameraSelect.append(make("option", { value: index }, `${(data.prompts[path.prompt] || "(no prompt)").slice(0, 120)} (seed ${path.seed})`)));
     whenNear(cameraPlot, () => {
-      const axis = () => ({ gridcolor: colour("--line"), zerolinecolor: colour("--line"), color: colour("--muted"), showbackground: false });
       const draw = () => Plotly.react(cameraPlot, cameraTraces(data.cameras[Number(cameraSelect.value)]), frame({
         showlegend: true, legend: { x: 0, y: 1, bgcolor: "rgba(0,0,0,0)" }, margin: { l: 0, r: 0, t: 0, b: 0 }, uirevision: "keep",
-        scene: { aspectmode: "data", xaxis: { ...axis(), title: { text: "x right" } }, yaxis: { ...axis(), title: { text: "z forward" } }, zaxis: { ...axis(), title: { text: "up" } } },
+        scene: { aspectmode: "cube", ...axes(data.cameras[Number(cameraSelect.value)]) },
       }), { displayModeBar: false, responsive: true });
       drawn.push(draw);
       draw();

@@ -1,0 +1,228 @@
+"""Each metric: known answers and validity; then calibration on clips with known truth, where the *ranking* counts."""
+
+from __future__ import annotations
+
+import functools
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from calibration_clips import Frames, blurred, hard_cut, ken_burns, rendered, still_with_noise, wobble
+
+from vggrpo.errors import UserError
+from vggrpo.evaluation import METRICS, Clip, EvaluationModels, Measurement, evaluate_clip
+from vggrpo.evaluation.metrics import compute, select
+from vggrpo.evaluation.metrics.base import frame_pairs
+from vggrpo.evaluation.metrics.epipolar import WORST_ERROR, fit_fundamental, sampson_distance
+from vggrpo.evaluation.metrics.motion import structural_similarity
+from vggrpo.geometry import GeometryPrediction
+
+CLASSICAL = [name for name, metric in METRICS.items() if not metric.needs]
+
+
+@pytest.fixture(scope="module")
+def correct() -> list[Frames]:
+    return [*rendered([1, 2], "truck_right"), *rendered([3], "orbit_left")]
+
+
+def mean(clips: list[Frames], name: str, fps: float = 8.0) -> float:
+    """Mean of a metric over clips that must all be valid."""
+    values = [evaluate_clip(Clip(clip, fps), [name])[name] for clip in clips]
+    assert all(value.valid for value in values), [value.reason for value in values]
+    return float(np.mean([value.value for value in values]))
+
+
+def test_sampson_distance_is_the_displacement_off_the_epipolar_line() -> None:
+    sideways = np.array([[0, 0, 0], [0, 0, -1], [0, 1, 0]], dtype=float)  # pure translation along x: lines are rows
+    first = np.array([[10.0, 20.0], [30.0, 40.0]])
+    second = np.array([[15.0, 20.0], [31.0, 42.0]])
+    # A mismatch of 2 px is shared by both frames: 2 / sqrt(2).
+    assert sampson_distance(sideways, first, second) == pytest.approx([0, np.sqrt(2)])
+
+
+def test_fundamental_matrix_survives_outliers_and_repeats_exactly() -> None:
+    rng = np.random.default_rng(0)
+    points = np.column_stack([rng.uniform(-2, 2, (200, 2)), rng.uniform(3, 8, 200)])
+    turn = np.array([[np.cos(0.1), 0, np.sin(0.1)], [0, 1, 0], [-np.sin(0.1), 0, np.cos(0.1)]])
+    first, second = (p[:, :2] / p[:, 2:] * 200 + 128 for p in (points, points @ turn.T + [0.5, 0.1, 0]))
+    second[:60] += rng.uniform(-40, 40, (60, 2))
+    found = fit_fundamental(first, second, seed=3)
+    assert found is not None
+    assert np.median(sampson_distance(found, first, second)[60:]) < 0.1  # px
+    np.testing.assert_array_equal(found, fit_fundamental(first, second, seed=3))
+
+
+def test_frame_pairs_are_gaps_in_time() -> None:
+    assert frame_pairs(17, 8, 0.5, 0.5, 99) == [(0, 4), (4, 8), (8, 12), (12, 16)]
+    assert frame_pairs(33, 16, 0.5, 0.5, 99) == [(0, 8), (8, 16), (16, 24), (24, 32)]
+    assert len(frame_pairs(1000, 8, 0.5, 0.5, 16)) == 16
+    assert frame_pairs(3, 8, 0.5, 0.5, 99) == []
+
+
+def test_similarity_of_a_picture_with_itself_is_one(correct: list[Frames]) -> None:
+    grey = Clip(correct[0], 8).grey
+    assert structural_similarity(grey[0], grey[0]) == pytest.approx(1)
+    assert structural_similarity(grey[0], 255 - grey[0]) < 0.2
+
+
+def test_motion_is_in_diagonals_per_second() -> None:
+    rng = np.random.default_rng(0)
+    import cv2
+
+    wide = cv2.GaussianBlur(rng.uniform(0, 255, (64, 200)), (0, 0), 2.0)
+    wide = ((wide - wide.min()) / np.ptp(wide) * 255).astype(np.uint8)
+    clip = np.stack([np.repeat(wide[:, 2 * t : 2 * t + 64, None], 3, -1) for t in range(17)])  # 2 px a frame
+    for fps in (8.0, 16.0):
+        speed = mean([clip], "motion_flow", fps)
+        assert speed == pytest.approx(2 * fps / np.hypot(64, 64), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("frames", "fps"), [(1, 8), (2, 8), (5, 16), (17, 240)], ids=["one frame", "two", "short", "240 fps"]
+)
+def test_short_clips_are_invalid_with_a_reason_or_a_number(correct: list[Frames], frames: int, fps: float) -> None:
+    for name, found in evaluate_clip(Clip(correct[0][:frames], fps), CLASSICAL).items():
+        assert found.valid == (found.value is not None)
+        assert found.valid or found.reason, name
+
+
+def test_a_blank_clip_is_the_worst_score_and_never_a_perfect_one() -> None:
+    found = evaluate_clip(Clip(np.full((17, 64, 64, 3), 127, np.uint8), 8), CLASSICAL)
+    assert found["epipolar_inliers"].value == 0
+    assert found["epipolar_error"].value == WORST_ERROR
+    assert found["epipolar_failed_pairs"].value == 1
+    assert not found["flow_cycle"].valid
+
+
+def test_other_sizes_and_shapes(correct: list[Frames]) -> None:
+    wide = np.repeat(correct[0][:9], 2, axis=2)[:, :, :101]
+    found = evaluate_clip(Clip(np.ascontiguousarray(wide), 8), CLASSICAL)
+    assert found["epipolar_inliers"].valid and found["motion_flow"].valid
+
+
+def test_metrics_repeat_exactly(correct: list[Frames]) -> None:
+    clips = [Clip(correct[0], 8), Clip(correct[0].copy(), 8)]
+    assert evaluate_clip(clips[0], CLASSICAL) == evaluate_clip(clips[1], CLASSICAL)
+
+
+def test_bad_clips_and_names_are_refused() -> None:
+    with pytest.raises(ValueError, match="uint8"):
+        Clip(np.zeros((2, 4, 4, 3)), 8)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="fps"):
+        Clip(np.zeros((2, 4, 4, 3), np.uint8), 0)
+    with pytest.raises(UserError, match="unknown metric 'epipolr'"):
+        select("fast,epipolr")
+    assert [metric.name for metric in select("motion_flow, sharpness")] == ["motion_flow", "sharpness"]
+    assert {metric.independence for metric in select("all")} <= {"independent", "reward-related"}
+
+
+def test_a_metric_that_raises_is_an_invalid_measurement(correct: list[Frames]) -> None:
+    class Broken:
+        def __call__(self, frames: torch.Tensor) -> GeometryPrediction:
+            raise RuntimeError("out of\nmemory")
+
+    models = EvaluationModels(judge=Broken())
+    found = compute(Clip(correct[0], 8), select("judge_reprojection,camera_travel,sharpness"), models)
+    assert found["judge_reprojection"].reason == "RuntimeError: out of memory"
+    assert not found["camera_travel"].valid
+    assert found["sharpness"].valid
+    assert Measurement.of(float("nan")).reason is not None
+
+
+# --- calibration: the ranking each metric gives to clips with known truth ---
+
+
+def test_inliers_and_error_rank_wobble(correct: list[Frames]) -> None:
+    levels = [correct, [wobble(clip, 0.5) for clip in correct], [wobble(clip, 1) for clip in correct]]
+    levels.append([wobble(clip, 4) for clip in correct])
+    inliers = [mean(clips, "epipolar_inliers") for clips in levels]
+    errors = [mean(clips, "epipolar_error") for clips in levels]
+    cycles = [mean(clips, "flow_cycle") for clips in levels]
+    assert inliers[0] > 0.85 and all(a > b + 0.03 for a, b in pairwise(inliers)), inliers
+    assert all(a < b for a, b in pairwise(errors)), errors
+    assert all(a < b for a, b in pairwise(cycles)), cycles
+
+
+def test_a_still_clip_has_no_epipolar_geometry(correct: list[Frames]) -> None:
+    for clip in correct:
+        found = evaluate_clip(Clip(still_with_noise(clip), 8), CLASSICAL)
+        assert not found["epipolar_inliers"].valid and "still" in str(found["epipolar_inliers"].reason)
+        assert not found["flow_cycle"].valid
+        moving = evaluate_clip(Clip(clip, 8), CLASSICAL)
+        for name in ("motion_flow", "ssim_change", "epipolar_displacement"):
+            assert found[name].value < 0.3 * moving[name].value, name  # type: ignore[operator]
+
+
+def test_blur_does_not_look_better_than_correct_geometry(correct: list[Frames]) -> None:
+    soft = [blurred(clip) for clip in correct]
+    assert mean(soft, "epipolar_inliers") <= mean(correct, "epipolar_inliers")
+    assert mean(soft, "epipolar_matches") < 0.5 * mean(correct, "epipolar_matches")
+    assert mean(soft, "sharpness") < 0.2 * mean(correct, "sharpness")
+
+
+def test_a_flat_zoom_is_exposed_by_the_homography_gap(correct: list[Frames]) -> None:
+    flat = [ken_burns(clip) for clip in correct]
+    assert mean(flat, "epipolar_inliers") > 0.9  # it cheats the score ...
+    assert mean(flat, "epipolar_homography_gap") < 0.5 * mean(correct, "epipolar_homography_gap")  # ... and is seen
+
+
+def test_a_hard_cut_ranks_below(correct: list[Frames]) -> None:
+    cut = [hard_cut(first, second) for first, second in zip(correct, correct[1:] + correct[:1], strict=True)]
+    assert mean(cut, "epipolar_inliers") < mean(correct, "epipolar_inliers") - 0.2
+    assert mean(cut, "flow_cycle") > mean(correct, "flow_cycle")
+
+
+@functools.cache
+def truth(shake: str) -> tuple[GeometryPrediction, Frames]:
+    from vggrpo.world import sample_batch
+
+    batch = sample_batch([11], camera="truck_right", shake=shake)
+    return batch.geometry(), (batch.video[0].permute(1, 2, 3, 0) * 255).round().byte().numpy()
+
+
+class Oracle:
+    """A judge that answers with the renderer's truth; the depth of every view may be off by its own share `noise`."""
+
+    def __init__(self, shake: str, noise: float = 0.0) -> None:
+        self.truth, self.frames = truth(shake)
+        self.noise = noise
+
+    def __call__(self, frames: torch.Tensor) -> GeometryPrediction:
+        real = self.truth
+        assert frames.shape == (1, real.depth.shape[1], 3, *real.depth.shape[2:])
+        wave = torch.randn(real.depth.shape[:2], generator=torch.Generator().manual_seed(0))[..., None, None]
+        depth = real.depth * (1 + self.noise * wave)
+        return GeometryPrediction.from_depth(real.cam2world, real.intrinsics, depth, dynamic_mask=real.dynamic_mask)
+
+    def measure(self, name: str) -> float:
+        found = evaluate_clip(Clip(self.frames, 8), [name], EvaluationModels(judge=self))[name]
+        assert found.value is not None, found.reason
+        return found.value
+
+
+def test_camera_acceleration_ranks_hand_held_above_smooth() -> None:
+    smooth, shaky = Oracle("smooth"), Oracle("handheld")
+    assert shaky.measure("camera_acceleration") > smooth.measure("camera_acceleration") + 0.05
+    assert smooth.measure("camera_travel") > 0.05
+    assert smooth.measure("camera_largest_step") < 4
+
+
+def test_judge_reprojection_ranks_depth_errors() -> None:
+    errors = [Oracle("smooth", noise).measure("judge_reprojection") for noise in (0.0, 0.02, 0.1)]
+    assert errors[0] < 0.005 and errors[0] < errors[1] < errors[2], errors
+
+
+def test_adherence_needs_a_caption_it_can_read(correct: list[Frames]) -> None:
+    from vggrpo.world import sample_prompts
+
+    class Classifier:
+        def adherence(self, video: torch.Tensor, attributes: list[dict]) -> torch.Tensor:
+            assert video.shape == (1, 3, 17, 64, 64) and video.max() <= 1
+            return torch.tensor([0.75])
+
+    models = EvaluationModels(attributes=Classifier())
+    prompt = sample_prompts(1, 0)[0]
+    assert evaluate_clip(Clip(correct[0], 8, prompt), ["adherence"], models)["adherence"].value == 0.75
+    other = evaluate_clip(Clip(correct[0], 8, "a cat on a skateboard"), ["adherence"], models)["adherence"]
+    assert not other.valid and "not a caption" in str(other.reason)
