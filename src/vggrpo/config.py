@@ -1,0 +1,359 @@
+"""Typed configuration of a training run: a YAML recipe plus `key=value` overrides. Imports no torch, so that errors come at once.
+
+Every field says what it is, in which unit, and carries its bounds. An unknown key is an error that names the nearest known one.
+Fields that only steer how long a run is, or where it writes, may change at resume (`RESUMABLE`); all others may not.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from vggrpo.errors import UserError
+
+EMBEDDED = "embedded"
+RESUMABLE = frozenset({"output", "updates", "save_every", "keep_last", "model.device"})
+
+
+class _Section(BaseModel):
+    """A part of the config: unknown keys are errors, values do not change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), use_attribute_docstrings=True)
+
+
+class ModelConfig(_Section):
+    """The video model that is tuned."""
+
+    path: str = EMBEDDED
+    """Directory or hub id of a diffusers WanPipeline; "embedded" is the shipped one."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Number format of the transformer's weights; latents, velocities and the LoRA stay float32."""
+    device: str = "auto"
+    """"auto" (CUDA if there is one), "cpu", "cuda", "cuda:1"; each process of several takes its own."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: about 30 % slower, a fraction of the memory."""
+
+
+class LGMConfig(_Section):
+    """The Latent Geometry Model that reads geometry from latents."""
+
+    path: str = EMBEDDED
+    """Directory of an LGM; "embedded" is the shipped one."""
+    micro_batch: int = Field(default=16, ge=1)
+    """Clips per call of the LGM and the rewards."""
+
+
+class DataConfig(_Section):
+    """What is generated."""
+
+    prompts: str = EMBEDDED
+    """Text file with one prompt a line; "embedded" draws from the world's training captions."""
+    num_prompts: int = Field(default=64, ge=1)
+    """How many embedded prompts to draw (unused with a file)."""
+    num_frames: int = Field(default=17, ge=1)
+    """RGB frames per video, 4n+1."""
+    height: int = Field(default=64, ge=8)
+    """Pixels."""
+    width: int = Field(default=64, ge=8)
+    """Pixels."""
+
+
+class SamplingConfig(_Section):
+    """The stochastic sampler of the roll-outs."""
+
+    num_steps: int = Field(default=10, ge=2, le=1000)
+    """Denoising steps of a roll-out."""
+    shift: float | None = Field(default=None, gt=0)
+    """Time shift of the schedule; null takes the pipeline's own."""
+    variant: Literal["flow_grpo", "flow_grpo_wan", "dance", "cps"] = "flow_grpo"
+    """Which SDE; see `vggrpo.sampling.flow_sde`."""
+    noise_level: float = Field(default=0.7, gt=0, le=10)
+    """Strength `a` of the exploration noise."""
+    max_t: float | None = Field(default=None, gt=0, lt=1)
+    """`flow_grpo`: above this time the next one stands in for it in the noise scale; null takes the variant's rule."""
+    sigma_min: float | None = Field(default=None, ge=0)
+    """`flow_grpo_wan`: noise scale at t = 0."""
+    sigma_max: float | None = Field(default=None, gt=0)
+    """`flow_grpo_wan`: noise scale at t = 1."""
+    window: int = Field(default=4, ge=1)
+    """Stochastic, trained steps per roll-out; the others are deterministic. The last step always is."""
+    window_kind: Literal["contiguous", "random"] = "contiguous"
+    """A run of steps that starts anywhere in the range, or any subset of it."""
+    window_first: int = Field(default=0, ge=0)
+    """First step that may be stochastic."""
+    window_last: int | None = Field(default=None, ge=0)
+    """Last step that may be stochastic; null: the last but one of the schedule."""
+    shared_noise: bool = False
+    """All samples of a group start from one noise, and the steps before the window are computed once per group."""
+    guidance_scale: float = Field(default=1.0, ge=1)
+    """Classifier-free guidance in training roll-outs; 1 = none, at half the cost."""
+    micro_batch: int = Field(default=32, ge=1)
+    """Videos per network call in the roll-out."""
+    offload: bool = False
+    """Keep the roll-out's states on the CPU."""
+
+
+class RewardTerm(_Section):
+    """One reward of the sum."""
+
+    weight: float = Field(default=1.0, ge=0)
+    """Share of this reward's own normalised advantage."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of the reward function."""
+
+
+class GRPOConfig(_Section):
+    """The policy-gradient update."""
+
+    prompts_per_update: int = Field(default=4, ge=1)
+    """Groups per update."""
+    samples_per_prompt: int = Field(default=8, ge=2)
+    """Videos per group, K (paper: 64)."""
+    clip: float = Field(default=1e-3, gt=0, lt=1)
+    """Bound e of the ratio: 1 - e to 1 + e."""
+    advantage_clip: float | None = Field(default=5.0, gt=0)
+    """Bound on |A|; null = none."""
+    kl: float = Field(default=0.004, ge=0)
+    """Weight beta of the KL to the model without LoRA; 0 saves one forward pass per replayed step."""
+    kl_unit: Literal["gaussian", "diffusion"] = "gaussian"
+    """"gaussian" divides by 2 s^2 |dt| (the true KL), "diffusion" by 2 s^2 (flow_grpo's, about 10 times smaller at 10 steps)."""
+    inner_updates: int = Field(default=1, ge=1)
+    """Optimizer steps per roll-out."""
+    inner_split: bool = True
+    """Each inner update replays its own share of the trained steps (no extra cost); false: each replays all of them."""
+    mode: Literal["decoupled", "sum"] = "decoupled"
+    """Normalise each reward by itself (the paper), or the weighted mean of the rewards."""
+    std: Literal["population", "sample"] = "population"
+    """Which standard deviation divides."""
+    std_scope: Literal["group", "global"] = "group"
+    """Standard deviation of the group, or of all samples of the update."""
+    eps: float = Field(default=1e-4, gt=0)
+    """Added to the standard deviation, in units of the reward."""
+    invalid: Literal["worst", "drop"] = "worst"
+    """A sample whose reward cannot be computed gets its group's worst advantage, or is left out."""
+    base_travel_samples: int = Field(default=2, ge=0)
+    """Roll-outs of the base model per prompt that measure its own camera travel, once per prompt; 0 = off."""
+    micro_batch: int = Field(default=32, ge=1)
+    """Replayed steps (videos x trained steps) per network call with gradient."""
+
+
+class LoraConfig(_Section):
+    """The adapter; the base weights never change."""
+
+    rank: int = Field(default=32, ge=1)
+    """Rank (paper: 32)."""
+    alpha: float = Field(default=64.0, gt=0)
+    """The update is scaled by alpha / rank."""
+    targets: list[str] = Field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"], min_length=1)
+    """Endings of the names of the linear layers that are adapted."""
+
+
+class OptimConfig(_Section):
+    """AdamW."""
+
+    learning_rate: float = Field(default=1e-4, gt=0)
+    """Step size after warm-up."""
+    warmup_updates: int = Field(default=0, ge=0)
+    """Updates over which the step size grows linearly."""
+    weight_decay: float = Field(default=1e-4, ge=0)
+    """Decoupled weight decay."""
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of the first moment."""
+    beta2: float = Field(default=0.999, ge=0, lt=1)
+    """Decay of the second moment."""
+    grad_clip: float = Field(default=1.0, gt=0)
+    """Bound on the gradient's norm."""
+
+
+def _default_rewards() -> dict[str, RewardTerm]:
+    return {"camera_motion_smoothness": RewardTerm(), "geometry_reprojection_consistency": RewardTerm()}
+
+
+class TrainConfig(_Section):
+    """A post-training run."""
+
+    output: str = "runs/train"
+    """Directory for adapter, checkpoints and logs."""
+    seed: int = Field(default=0, ge=0)
+    """Decides every random number of the run."""
+    updates: int = Field(default=100, ge=1)
+    """Roll-out and update rounds."""
+    save_every: int = Field(default=10, ge=1)
+    """Updates between checkpoints."""
+    keep_last: int = Field(default=2, ge=1)
+    """Checkpoints to keep."""
+    algorithm: Literal["grpo", "sft", "dpo", "direct", "nft"] = "grpo"
+    """How the model is tuned; this version has grpo."""
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    """The video model."""
+    lgm: LGMConfig = Field(default_factory=LGMConfig)
+    """The geometry reader."""
+    data: DataConfig = Field(default_factory=DataConfig)
+    """Prompts and sizes."""
+    sampling: SamplingConfig = Field(default_factory=SamplingConfig)
+    """The roll-out."""
+    rewards: dict[str, RewardTerm] = Field(default_factory=_default_rewards, min_length=1)
+    """Rewards by name with their weights: `name: {weight, options}` or `name: weight`."""
+    grpo: GRPOConfig = Field(default_factory=GRPOConfig)
+    """The update."""
+    lora: LoraConfig = Field(default_factory=LoraConfig)
+    """The adapter."""
+    optim: OptimConfig = Field(default_factory=OptimConfig)
+    """The optimizer."""
+
+    @field_validator("rewards", mode="before")
+    @classmethod
+    def _plain_weights(cls, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: {"weight": term} if isinstance(term, int | float) else term for name, term in value.items()}
+        return value
+
+    @model_validator(mode="after")
+    def _check_together(self) -> TrainConfig:
+        if self.algorithm != "grpo":
+            raise ValueError(f"algorithm {self.algorithm!r} is not available in this version; set algorithm: grpo")
+        sampling, grpo = self.sampling, self.grpo
+        last = sampling.num_steps - 2 if sampling.window_last is None else sampling.window_last
+        if last > sampling.num_steps - 2 or sampling.window > last - sampling.window_first + 1:
+            raise ValueError(
+                f"sampling.window {sampling.window} does not fit steps {sampling.window_first} to {last} of {sampling.num_steps} "
+                "(the last step is deterministic); lower sampling.window or raise sampling.num_steps"
+            )
+        if sampling.variant == "flow_grpo_wan" and (sampling.sigma_min is None or sampling.sigma_max is None):
+            raise ValueError("sampling.variant flow_grpo_wan needs sampling.sigma_min and sampling.sigma_max")
+        if sampling.variant == "cps" and grpo.kl_unit == "diffusion":
+            raise ValueError("grpo.kl_unit diffusion has no meaning for sampling.variant cps; set grpo.kl_unit: gaussian")
+        if not any(term.weight > 0 for term in self.rewards.values()):
+            raise ValueError("all weights in rewards are 0; give at least one reward a positive weight")
+        if "camera_motion_hinge" in self.rewards and grpo.base_travel_samples == 0:
+            raise ValueError("rewards.camera_motion_hinge compares with the base model; set grpo.base_travel_samples to 1 or more")
+        return self
+
+
+def recipe_path(name: str | Path) -> Path:
+    """The file of a recipe: a path, or the name of a shipped one ("tiny", "wan2.1-t2v-1.3b").
+
+    Raises:
+        UserError: when there is neither; the message lists the shipped names.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    package = Path(__file__).resolve().parent
+    folders = [package / "configs", package.parents[1] / "configs"]  # in a wheel, in a checkout
+    stem = path.name.removesuffix(".yaml")
+    if path.parent == Path("."):
+        for folder in folders:
+            if (folder / f"{stem}.yaml").is_file():
+                return folder / f"{stem}.yaml"
+    shipped = sorted({file.stem for folder in folders for file in folder.glob("*.yaml")})
+    raise UserError(f"no config at {name}; give a YAML file or a shipped recipe: {', '.join(shipped) or 'none found'}")
+
+
+def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> TrainConfig:
+    """Parse a recipe (file, shipped name, or mapping) with `key=value` overrides on top.
+
+    Args:
+        source: see `recipe_path`; a mapping is taken as is.
+        overrides: such as `updates=20`, `grpo.kl=0.01`, `rewards.camera_motion_hinge.weight=0.5`; values are YAML.
+
+    Raises:
+        UserError: one line that names the field and the remedy.
+    """
+    values = dict(source) if isinstance(source, Mapping) else _read_yaml(recipe_path(source))
+    for override in overrides:
+        values = _override(values, override)
+    return parse_config(values)
+
+
+def parse_config(values: Mapping[str, Any]) -> TrainConfig:
+    """Validate plain values; see `load_config`."""
+    try:
+        return TrainConfig.model_validate(values)
+    except ValidationError as error:
+        raise UserError(_explain(error)) from error
+
+
+def dump_config(config: TrainConfig) -> str:
+    """The whole config as YAML, as it is kept beside a run's results."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def resume_difference(saved: Mapping[str, Any], current: TrainConfig) -> str | None:
+    """The first field that differs and may not at resume, as "name: was X, is Y"; None if there is none."""
+    before, now = _flatten(saved), _flatten(current.model_dump(mode="json"))
+    for key in sorted(before.keys() | now.keys()):
+        if key not in RESUMABLE and before.get(key) != now.get(key):
+            return f"{key}: was {before.get(key)!r}, is {now.get(key)!r}"
+    return None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path} is not readable YAML: {' '.join(str(error).split())[:200]}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds a {type(values).__name__}, expected keys and values such as `updates: 100`")
+    return values
+
+
+def _override(values: Mapping[str, Any], override: str) -> dict[str, Any]:
+    """A copy of `values` with one dotted `key=value` set."""
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"{override!r} is no override; write key=value, such as grpo.kl=0.01")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"the value of {override!r} is not YAML; quote it") from error
+    return _set(values, key.strip().split("."), value)
+
+
+def _set(values: Mapping[str, Any], keys: Sequence[str], value: Any) -> dict[str, Any]:
+    copy = dict(values)
+    if len(keys) == 1:
+        copy[keys[0]] = value
+        return copy
+    inner = copy.get(keys[0])
+    if isinstance(inner, int | float) and keys[1:] != ["weight"]:
+        inner = {"weight": inner}
+    copy[keys[0]] = _set(inner if isinstance(inner, Mapping) else {}, keys[1:], value)
+    return copy
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        flat.update(_flatten(value, f"{name}.") if isinstance(value, Mapping) and value else {name: value})
+    return flat
+
+
+def _explain(error: ValidationError) -> str:
+    """One line for the first thing that is wrong."""
+    first = error.errors()[0]
+    name = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = _known_keys()
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.0) or ["updates"]
+        same_leaf = [key for key in known if key.split(".")[-1] == str(first["loc"][-1])]
+        return f"unknown config key {name!r}; the nearest known key is {(same_leaf or near)[0]!r}"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"config: {message}" if not name else f"config key {name!r} is {first['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _known_keys(model: type[BaseModel] = TrainConfig, prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for name, info in model.model_fields.items():
+        keys.append(f"{prefix}{name}")
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            keys += _known_keys(info.annotation, f"{prefix}{name}.")
+    return keys

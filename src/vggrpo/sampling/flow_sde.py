@@ -1,0 +1,183 @@
+"""One stochastic step of a rectified flow and its log-probability (Flow-GRPO's ODE -> SDE, equation of METHOD section 3).
+
+The reverse SDE with the marginals of the flow `dx = v dt` is, for any noise scale `s(t)`,
+
+    dx = [v + s^2 / (2t) (x + (1-t) v)] dt + s dw,        t: 1 -> 0, dt < 0,
+
+whose Euler-Maruyama step is Gaussian: `mean = x + drift dt`, `std = s sqrt(-dt)`. The variants differ in `s`:
+
+| variant | noise | step |
+|---|---|---|
+| `flow_grpo` | `s = a sqrt(t / (1-t))` (the paper) | Euler-Maruyama |
+| `flow_grpo_wan` | `s = sigma_min + (sigma_max - sigma_min) t`; `a` has no part in it | Euler-Maruyama |
+| `dance` | `s = a`; written `x + v dt + a^2/2 (x - (1-t) x0) / t^2 dt`, which is the same drift | Euler-Maruyama |
+| `cps` | `std = t_next sin(a pi / 2)` | `mean = (1-t_next) x0 + sqrt(t_next^2 - std^2) eps`, coefficient-preserving |
+
+with `x0 = x - t v`, `eps = x + (1-t) v`. `log_prob` is the **mean** over the dimensions that the policy acts on, so its scale does not
+depend on the video's size; `cps` leaves the normaliser out: `-(x_next - mean)^2`.
+
+Near t = 1 the scale of `flow_grpo` diverges. Above `max_t`, `t_next` stands in for `t` inside `1 - t` of the noise scale (nowhere else),
+which bounds the step's std by `a`. The default `max_t` of .999 also catches diffusers' UniPC, which starts at 0.9999990 and would give s = 695.
+
+The last step (t_next = 0) adds noise that nothing removes in the Euler variants, and none in `cps`: roll-outs keep it deterministic.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from vggrpo.errors import UserError
+
+Variant = Literal["flow_grpo", "flow_grpo_wan", "dance", "cps"]
+VARIANTS: tuple[str, ...] = get_args(Variant)
+DEFAULT_MAX_T = 0.999
+
+
+@dataclass(frozen=True)
+class SDEStep:
+    """One step of the policy.
+
+    Attributes:
+        next_sample: x at `t_next`, same shape as the sample.
+        mean: the Gaussian's mean, same shape.
+        std: the Gaussian's standard deviation, broadcastable to the sample (scalar times give a scalar).
+        log_prob: (B,), mean over the acted dimensions.
+    """
+
+    next_sample: Float[Tensor, "B ..."]
+    mean: Float[Tensor, "B ..."]
+    std: Float[Tensor, ...]
+    log_prob: Float[Tensor, " B"]
+
+
+def diffusion_scale(
+    t: Float[Tensor, ...],
+    t_next: Float[Tensor, ...],
+    *,
+    noise_level: float,
+    variant: Variant = "flow_grpo",
+    max_t: float | None = None,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
+) -> Float[Tensor, ...]:
+    """The diffusion coefficient `s` of the Euler variants (the step's std is `s sqrt(t - t_next)`)."""
+    if variant == "flow_grpo":
+        limit = DEFAULT_MAX_T if max_t is None else max_t
+        return noise_level * torch.sqrt(t / (1 - torch.where(t > limit, t_next, t)))
+    if variant == "flow_grpo_wan":
+        if sigma_min is None or sigma_max is None:
+            raise UserError("variant 'flow_grpo_wan' needs sigma_min and sigma_max (usual: the schedule's last and second sigma)")
+        return sigma_min + (sigma_max - sigma_min) * t
+    if variant == "dance":
+        return torch.full_like(t, noise_level)
+    raise UserError(f"unknown SDE variant {variant!r}; there are {', '.join(VARIANTS)}")
+
+
+def sde_step(
+    sample: Float[Tensor, "B ..."],
+    velocity: Float[Tensor, "B ..."],
+    t: float | Float[Tensor, ...],
+    t_next: float | Float[Tensor, ...],
+    *,
+    noise_level: float,
+    variant: Variant = "flow_grpo",
+    max_t: float | None = None,
+    noise: Float[Tensor, "B ..."] | None = None,
+    next_sample: Float[Tensor, "B ..."] | None = None,
+    mask: Bool[Tensor, ...] | None = None,
+    generator: torch.Generator | None = None,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
+) -> SDEStep:
+    """Take (or score) one stochastic step from `t` to `t_next`; see the module for the formulas.
+
+    Args:
+        sample: x at `t`, (B, ...). Computed in float32, or float64 if given so.
+        velocity: the network's `eps - x0` at (sample, t).
+        t: flow time in (0, 1], a number or broadcastable to the sample.
+        t_next: the time to go to, `0 <= t_next < t`.
+        noise_level: `a`; larger explores more. `flow_grpo_wan` takes its scale from `sigma_min`, `sigma_max` instead.
+        variant: which noise scale and which step.
+        max_t: `flow_grpo` only: above it, `t_next` stands in for `t` in `1 - t` of the noise scale.
+        noise: standard normal noise to use; drawn (from `generator`) when neither it nor `next_sample` is given.
+        next_sample: score this step instead of taking one (replay); the log-probability then carries gradients to `velocity`.
+        mask: True where the policy acts, broadcastable to the sample. Elsewhere the sample is held: not moved, noised or counted.
+        generator: source of the noise.
+        sigma_min: `flow_grpo_wan`: s at t = 0.
+        sigma_max: `flow_grpo_wan`: s at t = 1.
+
+    Raises:
+        UserError: for a deterministic step (no noise has no log-probability), an unknown variant, or times out of order.
+    """
+    dtype = torch.promote_types(sample.dtype, torch.float32)
+    sample, velocity = sample.to(dtype), velocity.to(dtype)
+    t, t_next = _time(t, sample), _time(t_next, sample)
+    if noise_level <= 0 and variant != "flow_grpo_wan":
+        raise UserError(f"noise_level must be > 0, got {noise_level}: a deterministic step has no log-probability; use ode_step")
+    if variant == "cps":
+        std = t_next * math.sin(noise_level * math.pi / 2)
+        x0, eps = sample - t * velocity, sample + (1 - t) * velocity
+        mean = (1 - t_next) * x0 + torch.sqrt(t_next**2 - std**2) * eps
+    else:
+        scale = diffusion_scale(
+            t, t_next, noise_level=noise_level, variant=variant, max_t=max_t, sigma_min=sigma_min, sigma_max=sigma_max
+        )
+        dt = t_next - t
+        std = scale * torch.sqrt(-dt)
+        mean = sample + (velocity + scale**2 / (2 * t) * (sample + (1 - t) * velocity)) * dt
+    acts = None if mask is None else mask.to(sample.device).expand_as(sample)
+    if acts is not None:
+        mean = torch.where(acts, mean, sample)
+    if next_sample is None:
+        if noise is None:
+            noise = torch.randn(sample.shape, dtype=dtype, device=sample.device, generator=generator)
+        step = std * noise.to(dtype)
+        next_sample = mean + (step if acts is None else torch.where(acts, step, 0.0))
+    else:
+        next_sample = next_sample.to(dtype)
+    return SDEStep(next_sample, mean, std, _log_prob(next_sample.detach(), mean, std, variant, acts))
+
+
+def ode_step(
+    sample: Float[Tensor, "B ..."],
+    velocity: Float[Tensor, "B ..."],
+    t: float | Float[Tensor, ...],
+    t_next: float | Float[Tensor, ...],
+    *,
+    mask: Bool[Tensor, ...] | None = None,
+) -> Float[Tensor, "B ..."]:
+    """The deterministic Euler step `x + v (t_next - t)`; where `mask` is False the sample is held."""
+    dtype = torch.promote_types(sample.dtype, torch.float32)
+    sample = sample.to(dtype)
+    moved = sample + velocity.to(dtype) * (_time(t_next, sample) - _time(t, sample))
+    return moved if mask is None else torch.where(mask.to(sample.device).expand_as(sample), moved, sample)
+
+
+def _log_prob(
+    next_sample: Tensor, mean: Tensor, std: Tensor, variant: str, acts: Tensor | None
+) -> Float[Tensor, " B"]:
+    """Mean over the acted dimensions of `-(x - mean)^2 / (2 std^2) - log std - log sqrt(2 pi)` (`cps`: of `-(x - mean)^2`).
+
+    `next_sample` is data: the gradient goes to the mean alone.
+    """
+    log_prob = -((next_sample - mean) ** 2)
+    if variant != "cps":
+        log_prob = log_prob / (2 * std**2) - torch.log(std) - 0.5 * math.log(2 * math.pi)
+    if acts is None:
+        return log_prob.flatten(1).mean(dim=1)
+    counted = torch.where(acts, log_prob, 0.0).flatten(1).sum(dim=1)
+    return counted / acts.flatten(1).sum(dim=1).clamp_min(1)
+
+
+def _time(t: float | Tensor, sample: Tensor) -> Tensor:
+    """Time as a tensor of the sample's type that broadcasts against it; a (B,) tensor means one time per sample."""
+    time = torch.as_tensor(t, dtype=sample.dtype, device=sample.device)
+    if time.ndim == 1 and sample.ndim > 1 and time.shape[0] in (1, sample.shape[0]):
+        time = time.view(-1, *[1] * (sample.ndim - 1))
+    return time

@@ -1,0 +1,213 @@
+"""Roll-outs: videos from the stochastic sampler, with what the policy gradient needs to score them again.
+
+Only the steps of the **window** are stochastic and trained; the others are plain Euler steps of the ODE, need no log-probability and
+keep no state. Samples that start from the same noise and prompt share everything before the window, so it is computed once for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vggrpo.errors import UserError
+from vggrpo.models.base import VideoModel
+from vggrpo.sampling.flow_sde import Variant, ode_step, sde_step
+from vggrpo.sampling.seeds import derive_seed, seeded_noise
+
+
+@dataclass(frozen=True)
+class NoiseSettings:
+    """How the stochastic steps add noise; the arguments of `sde_step`."""
+
+    noise_level: float = 0.7
+    variant: Variant = "flow_grpo"
+    max_t: float | None = None
+    sigma_min: float | None = None
+    sigma_max: float | None = None
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """What a roll-out leaves behind. W = number of stochastic steps.
+
+    Attributes:
+        latents: the clean latents, (B, C, T', H', W') float32.
+        sigmas: the schedule, (S+1,).
+        steps: indices into `sigmas` of the stochastic steps, (W,).
+        samples: W tensors (B, C, T', H', W'), the state before each stochastic step.
+        next_samples: W tensors, the state after it (where steps follow each other, the same tensor as the next `samples`).
+        log_probs: (B, W), under the policy that made them.
+    """
+
+    latents: Float[Tensor, "B C T H W"]
+    sigmas: Float[Tensor, " S1"]
+    steps: tuple[int, ...]
+    samples: tuple[Float[Tensor, "B C T H W"], ...]
+    next_samples: tuple[Float[Tensor, "B C T H W"], ...]
+    log_probs: Float[Tensor, "B W"]
+
+
+def guided_velocity(
+    model: VideoModel,
+    latents: Float[Tensor, "B C T H W"],
+    t: Float[Tensor, " B"],
+    text: Float[Tensor, "B L D"],
+    *,
+    guidance_scale: float = 1.0,
+    negative_text: Float[Tensor, "1 L D"] | None = None,
+) -> Float[Tensor, "B C T H W"]:
+    """Velocity with classifier-free guidance `v_neg + g (v - v_neg)`; `g = 1` is the plain velocity at half the cost."""
+    if guidance_scale == 1.0:
+        return model.predict_velocity(latents, t, text)
+    if negative_text is None:
+        raise UserError(f"guidance_scale is {guidance_scale} but no negative text was given; encode the prompt '' and pass it")
+    both = torch.cat([text, negative_text.expand_as(text)])
+    velocity, negative = model.predict_velocity(latents.repeat(2, 1, 1, 1, 1), t.repeat(2), both).chunk(2)
+    return negative + guidance_scale * (velocity - negative)
+
+
+def choose_window(num_steps: int, size: int, *, kind: str = "contiguous", first: int = 0, last: int | None = None, seed: int = 0) -> tuple[int, ...]:
+    """Indices of the stochastic steps.
+
+    Args:
+        num_steps: steps of the schedule.
+        size: stochastic steps, at least 1.
+        kind: "contiguous" (a run that starts anywhere in the range) or "random" (any subset of the range).
+        first: first step that may be chosen.
+        last: last step that may be chosen; None: the last but one, because noise of the very last step is never removed.
+        seed: decides the choice.
+    """
+    last = num_steps - 2 if last is None else last
+    if not (0 <= first <= last < num_steps - 1) or not 1 <= size <= last - first + 1:
+        raise UserError(
+            f"a window of {size} steps in steps {first} to {last} of {num_steps} is impossible; the last step is always deterministic: "
+            f"lower sampling.window or raise sampling.num_steps"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    if kind == "contiguous":
+        start = first + int(torch.randint(last - first + 2 - size, (1,), generator=generator))
+        return tuple(range(start, start + size))
+    chosen = first + torch.randperm(last - first + 1, generator=generator)[:size]
+    return tuple(sorted(chosen.tolist()))
+
+
+@torch.no_grad()
+def rollout(
+    model: VideoModel,
+    text: Float[Tensor, "B L D"],
+    *,
+    shape: Sequence[int],
+    noise_seeds: Sequence[int],
+    step_seeds: Sequence[int],
+    sigmas: Float[Tensor, " S1"],
+    sde_steps: Sequence[int],
+    noise: NoiseSettings | None = None,
+    guidance_scale: float = 1.0,
+    negative_text: Float[Tensor, "1 L D"] | None = None,
+    micro_batch: int | None = None,
+    prompt_ids: Sequence[int] | None = None,
+    offload: bool = False,
+) -> Trajectory:
+    """Sample B videos' latents.
+
+    Args:
+        model: the policy.
+        text: one embedding per sample.
+        shape: (C, T', H', W') of the latents.
+        noise_seeds: seed of each sample's initial noise.
+        step_seeds: seed of each sample's noise in the stochastic steps.
+        sigmas: schedule from 1 to 0.
+        sde_steps: indices of the stochastic steps; empty gives the ODE's sample.
+        noise: the noise of those steps.
+        guidance_scale: 1 = none.
+        negative_text: embedding for guidance.
+        micro_batch: samples per network call; None = all.
+        prompt_ids: which prompt each sample has; samples of one prompt and one noise seed then share the steps before the window.
+        offload: keep the kept states on the CPU.
+    """
+    noise = noise or NoiseSettings()
+    batch, steps = len(noise_seeds), tuple(sorted(sde_steps))
+    sigmas = sigmas.to(model.device)
+    chunks = _Chunks(model, micro_batch or batch, guidance_scale, negative_text)
+    shared, index = _distinct(prompt_ids, noise_seeds)
+    start = steps[0] if steps else 0
+    latents = seeded_noise([noise_seeds[i] for i in shared], shape, model.device)
+    for i in range(start):
+        latents = ode_step(latents, chunks.velocity(latents, sigmas[i], text[shared]), sigmas[i], sigmas[i + 1])
+    latents = latents[index]
+    samples, next_samples, log_probs = [], [], []
+    for i in range(start, len(sigmas) - 1):
+        velocity = chunks.velocity(latents, sigmas[i], text)
+        if i not in steps:
+            latents = ode_step(latents, velocity, sigmas[i], sigmas[i + 1])
+            continue
+        eps = seeded_noise([derive_seed(seed, i) for seed in step_seeds], shape, model.device)
+        step = sde_step(latents, velocity, sigmas[i], sigmas[i + 1], noise=eps, **vars(noise))
+        samples.append(next_samples[-1] if next_samples and i - 1 in steps else _keep(latents, offload))
+        next_samples.append(_keep(step.next_sample, offload))
+        log_probs.append(step.log_prob)
+        latents = step.next_sample
+    scores = torch.stack(log_probs, dim=1) if steps else latents.new_zeros(batch, 0)
+    return Trajectory(latents, sigmas, steps, tuple(samples), tuple(next_samples), scores)
+
+
+def ode_sample(
+    model: VideoModel,
+    text: Float[Tensor, "B L D"],
+    *,
+    shape: Sequence[int],
+    seeds: Sequence[int],
+    num_steps: int,
+    shift: float | None = None,
+    guidance_scale: float = 1.0,
+    negative_text: Float[Tensor, "1 L D"] | None = None,
+) -> Float[Tensor, "B C T H W"]:
+    """Clean latents of the deterministic Euler sampler."""
+    return rollout(
+        model,
+        text,
+        shape=shape,
+        noise_seeds=seeds,
+        step_seeds=seeds,
+        sigmas=model.sigmas(num_steps, shift),
+        sde_steps=(),
+        guidance_scale=guidance_scale,
+        negative_text=negative_text,
+    ).latents
+
+
+@dataclass(frozen=True)
+class _Chunks:
+    """Network calls in micro-batches."""
+
+    model: VideoModel
+    size: int
+    guidance_scale: float
+    negative_text: Tensor | None
+
+    def velocity(self, latents: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        parts = [
+            guided_velocity(
+                self.model, x, t.expand(len(x)), y, guidance_scale=self.guidance_scale, negative_text=self.negative_text
+            )
+            for x, y in zip(latents.split(self.size), text.split(self.size), strict=True)
+        ]
+        return torch.cat(parts)
+
+
+def _distinct(prompt_ids: Sequence[int] | None, seeds: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Samples whose start differs (first occurrence of each), and for every sample its place among them."""
+    keys = [(i if prompt_ids is None else prompt_ids[i], seed) for i, seed in enumerate(seeds)]
+    first: dict[tuple[int, int], int] = {}
+    for i, key in enumerate(keys):
+        first.setdefault(key, i)
+    place = {key: n for n, key in enumerate(first)}
+    return list(first.values()), [place[key] for key in keys]
+
+
+def _keep(latents: Tensor, offload: bool) -> Tensor:
+    return latents.cpu() if offload else latents
