@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -97,9 +98,14 @@ def headless_page(profile: Path) -> Iterator[Page]:
         f"--user-data-dir={profile}",
         "--remote-debugging-pipe",
     ]
-    command = f'exec "$0" "$@" 3<&{to_browser[0]} 4>&{from_browser[1]}'
+    # A shell can't redirect descriptors above 9, so a small Python puts them in place and becomes the browser.
+    command = (
+        "import os, sys; a, b = os.dup(int(sys.argv[1])), os.dup(int(sys.argv[2])); "
+        "os.dup2(a, 3); os.dup2(b, 4); os.set_inheritable(3, True); os.set_inheritable(4, True); "
+        "os.execv(sys.argv[3], sys.argv[3:])"
+    )
     process = subprocess.Popen(
-        ["/bin/sh", "-c", command, executable, *arguments],
+        [sys.executable, "-c", command, str(to_browser[0]), str(from_browser[1]), executable, *arguments],
         pass_fds=(to_browser[0], from_browser[1]),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

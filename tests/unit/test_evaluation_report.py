@@ -1,0 +1,117 @@
+"""From a manifest to a report: rows with reasons, resume, pairing, and a page that opens without an error."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from headless_chromium import chromium_path, headless_page
+
+from vggrpo.errors import UserError
+from vggrpo.evaluation import build_report, compare, compare_kernel_distance, evaluate_manifest, summarise
+from vggrpo.io.manifest import ManifestRow, read_jsonl, write_manifest
+from vggrpo.io.video import write_video
+
+EVIL = "</script><script>window.hacked=1</script><img src=x onerror='window.hacked=2'> ünï 漢字 %%DATA%%"
+NAMES = ["motion_flow", "sharpness"]
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    cameras: dict[str, dict[str, list]] = {}
+    for arm in ("base", "tuned"):
+        rows = []
+        for number, prompt in enumerate((EVIL, "a red ball", "a blue box")):
+            video = rng.integers(0, 255, (9, 32, 32, 3), dtype=np.uint8)
+            write_video(tmp_path / arm / f"clip {number} 'ü'.mp4", video, 8)
+            rows.append(ManifestRow(f"clip {number} 'ü'.mp4", prompt, 0, 8.0, arm, ("static",)))
+        write_manifest(tmp_path / arm / "manifest.jsonl", rows)
+        cameras[arm] = {f"{EVIL}|0": rng.normal(size=(5, 3)).tolist()}
+    (tmp_path / "tuned" / "clip 2 'ü'.mp4").write_bytes(b"broken")
+    (tmp_path / "cameras.json").write_text(json.dumps(cameras))
+    for arm in ("base", "tuned"):
+        evaluate_manifest(tmp_path / arm / "manifest.jsonl", tmp_path / "eval" / arm, NAMES)
+    return tmp_path
+
+
+def test_every_video_has_a_row_and_a_second_run_only_adds_what_is_new(run_dir: Path) -> None:
+    manifest, output = run_dir / "tuned" / "manifest.jsonl", run_dir / "eval" / "tuned"
+    rows = read_jsonl(output / "metrics.jsonl")
+    assert set(rows[0]["metrics"]["sharpness"]) == {"value", "unit", "valid", "reason"}
+    broken = rows[2]["metrics"]["sharpness"]
+    assert not broken["valid"] and broken["value"] is None and str(run_dir) not in broken["reason"]
+    seen: list[tuple[int, int]] = []
+    evaluate_manifest(manifest, output, NAMES, progress=lambda *done: seen.append(done))
+    assert seen == []
+    (output / "metrics.jsonl").write_text(json.dumps(rows[0]) + '\n{"path": "cut o')
+    evaluate_manifest(manifest, output, NAMES, progress=lambda *done: seen.append(done))
+    assert seen == [(2, 3), (3, 3)]
+    assert read_jsonl(output / "metrics.jsonl") == rows
+
+
+def test_two_rows_of_one_prompt_and_seed_are_refused(tmp_path: Path) -> None:
+    write_manifest(tmp_path / "m.jsonl", [ManifestRow(name, "p", 0, 8.0, "base") for name in ("a.mp4", "b.mp4")])
+    with pytest.raises(UserError, match="different seeds"):
+        evaluate_manifest(tmp_path / "m.jsonl", tmp_path / "out", NAMES)
+
+
+def fake_row(prompt: str, seed: int, inliers: float | None, motion: float) -> dict:
+    values = {"epipolar_inliers": inliers, "motion_flow": motion, "motion_reward": 0.5}
+    entries = {k: {"value": v, "unit": "1", "valid": v is not None, "reason": None} for k, v in values.items()}
+    return {"path": "x", "prompt": prompt, "seed": seed, "arm": "a", "metrics": entries}
+
+
+def test_compare_counts_failures_and_missing_partners() -> None:
+    base = [fake_row(f"p{i}", s, 0.5 + 0.01 * i, 1.0) for i in range(6) for s in range(2)]
+    tuned = [fake_row(f"p{i}", s, 0.6 + 0.01 * i, 1.0 if i else 0.1) for i in range(6) for s in range(2)][:-1]
+    tuned[2]["metrics"]["epipolar_inliers"] = {"value": None, "unit": "1", "valid": False, "reason": "broken"}
+    found = compare(base, tuned, resamples=200)
+    metric = found.metrics["epipolar_inliers"]
+    assert (metric.failures_base, metric.failures_tuned, metric.pairs) == (0, 1, 10)
+    assert found.missing_tuned == [("p5", 1)] and found.missing_base == []
+    assert metric.difference.mean == pytest.approx(0.1) and metric.improved
+    assert metric.motion_matched is not None and metric.motion_matched.n == 5  # the frozen prompt is left out
+    assert "epipolar_inliers" in found.to_markdown() and json.loads(found.to_json())
+    entry = summarise(base, tuned, resamples=200)["motion_reward"]
+    assert entry["independence"] == "reward" and entry["independent"] is False
+    with pytest.raises(UserError, match="share no"):
+        compare(base, [fake_row("other", 0, 0.5, 1.0)])
+
+
+def test_kernel_distance_sees_a_shift_and_no_difference_where_there_is_none() -> None:
+    rng = np.random.default_rng(0)
+    reference, base = rng.normal(size=(60, 8)), rng.normal(size=(40, 8))
+    prompts = [f"p{i // 2}" for i in range(40)]
+    same = compare_kernel_distance(base, base + 1e-3, reference, prompts, resamples=500)
+    moved = compare_kernel_distance(base, base + 1.0, reference, prompts, resamples=500)
+    assert same.against_base_itself.holds and not moved.against_base_itself.holds
+    assert moved.difference.low > 0
+
+
+def test_report_is_one_file_and_needs_an_evaluation(run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    page = build_report(run_dir).read_text(encoding="utf-8")
+    assert "<script>window.hacked" not in page and "src=x onerror" not in page.split("report-data")[0]
+    assert "http-equiv" in page and len(page) < 15_000_000
+    with pytest.raises(UserError, match="vggrpo evaluate"):
+        build_report(tmp_path_factory.mktemp("empty"))
+
+
+@pytest.mark.skipif(chromium_path() is None, reason="no Chromium on this machine")
+@pytest.mark.parametrize("width", [380, 1280])
+def test_report_in_a_browser(run_dir: Path, tmp_path_factory: pytest.TempPathFactory, width: int) -> None:
+    with headless_page(tmp_path_factory.mktemp("profile")) as page:
+        page.open(build_report(run_dir), width, 900, dark=width > 600)
+        assert page.js("document.documentElement.scrollWidth") <= width
+        page.js("document.getElementById('videos-section').scrollIntoView({behavior: 'instant'})")
+        page.until("[...document.querySelectorAll('video')].some(video => video.currentTime > 0.1)")
+        order = "[...document.querySelectorAll('#video-cards .card')].map(card => card.id).join()"
+        worst = page.js(order)
+        page.js("s = document.getElementById('sort-order'); s.value = 'best'; s.dispatchEvent(new Event('change'))")
+        assert page.js(order) != worst
+        page.js("document.getElementById('cameras').scrollIntoView({behavior: 'instant'})")
+        page.until("document.querySelector('#camera-plot canvas') !== null")
+        assert page.js("window.hacked === undefined && document.images.length === 0")
+        assert page.problems == []
