@@ -34,7 +34,9 @@ def ken_burns(frames: Frames, zoom: float = 1.35) -> Frames:
     for share in np.linspace(0, 1, len(frames)):
         scale = 1 + (zoom - 1) * share
         matrix = np.array([[scale, 0, (1 - scale) * width / 2], [0, scale, (1 - scale) * height / 2]])
-        out.append(cv2.warpAffine(frames[0], matrix, (width, height), flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REFLECT))
+        out.append(
+            cv2.warpAffine(frames[0], matrix, (width, height), flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REFLECT)
+        )
     return np.stack(out)
 
 
@@ -48,7 +50,9 @@ def wobble(frames: Frames, pixels: float, seed: int = 0) -> Frames:
         coarse = rng.normal(0, 1, (2, 5, 5)).astype(np.float32)
         field = np.stack([cv2.resize(part, (width, height), interpolation=cv2.INTER_CUBIC) for part in coarse])
         field *= pixels / field.std()
-        out.append(cv2.remap(frame, columns + field[0], rows + field[1], cv2.INTER_CUBIC, borderMode=cv2.BORDER_REFLECT))
+        out.append(
+            cv2.remap(frame, columns + field[0], rows + field[1], cv2.INTER_CUBIC, borderMode=cv2.BORDER_REFLECT)
+        )
     return np.stack(out)
 
 

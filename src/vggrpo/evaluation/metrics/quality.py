@@ -36,7 +36,7 @@ class KernelComparison:
     against_base_itself: NonInferiority
 
 
-def _kernel(x: Features, y: Features) -> NDArray[np.float64]:
+def _kernel(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray((x @ y.T / x.shape[1] + 1.0) ** 3)
 
 
