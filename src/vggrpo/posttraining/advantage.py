@@ -77,11 +77,11 @@ def _normalise(values: Tensor, ok: Tensor, index: Tensor, std: str, scope: str, 
     if scope == "group":
         square = _group_sum(centred**2, index, groups)
         count = _group_sum(ok.to(values), index, groups)
-        deviation = (square / (count - (std == "sample")).clamp_min(1)).sqrt()[index]
+        deviation = (square / (count - int(std == "sample")).clamp_min(1)).sqrt()[index]
     else:
         count = ok.sum().to(values)
         overall = torch.where(ok, values - (values * ok).sum() / count.clamp_min(1), 0.0)
-        deviation = ((overall**2).sum() / (count - (std == "sample")).clamp_min(1)).sqrt()
+        deviation = ((overall**2).sum() / (count - int(std == "sample")).clamp_min(1)).sqrt()
     return centred / (deviation + eps)
 
 

@@ -1,0 +1,317 @@
+"""Group-relative policy optimisation in latent space (METHOD section 3): one update, readable from top to bottom.
+
+    roll out K videos per prompt -> LGM -> rewards -> advantages within the group -> replay with gradient -> optimizer step
+
+All randomness of update n comes from (seed, n), so a resumed run is the run that was not interrupted.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vggrpo.config import TrainConfig
+from vggrpo.distributed import Processes
+from vggrpo.errors import UserError
+from vggrpo.models.base import VideoModel
+from vggrpo.models.lora import lora_disabled, lora_state
+from vggrpo.posttraining.advantage import group_advantages
+from vggrpo.posttraining.replay import Replayer, ReplayStatistics, all_transitions, inner_parts
+from vggrpo.posttraining.scoring import GeometryReader, Scores, measure_travel, score_latents
+from vggrpo.sampling.rollout import NoiseSettings, Trajectory, choose_window, rollout
+from vggrpo.sampling.seeds import derive_seed
+from vggrpo.tracking import Stopwatch
+
+logger = logging.getLogger(__name__)
+
+
+class GRPO:
+    """The state of a GRPO run beside adapter and optimizer: base travel by prompt, and how old log-probabilities are made."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: VideoModel,
+        lgm: GeometryReader,
+        prompts: Sequence[str],
+        parameters: Sequence[nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        processes: Processes,
+    ) -> None:
+        self.config, self.model, self.lgm, self.prompts = config, model, lgm, list(prompts)
+        self.parameters, self.optimizer, self.processes = list(parameters), optimizer, processes
+        self.shape = model.latent_spec.latent_shape(config.data.num_frames, config.data.height, config.data.width)
+        self.sigmas = model.sigmas(config.sampling.num_steps, config.sampling.shift)
+        sampling = config.sampling
+        self.noise = NoiseSettings(
+            sampling.noise_level, sampling.variant, sampling.max_t, sampling.sigma_min, sampling.sigma_max
+        )
+        negative = self._encode([""]) if sampling.guidance_scale != 1 else None
+        self.replayer = Replayer(model, config.grpo, self.noise, sampling.guidance_scale, negative)
+        self.base_travel: dict[str, float] = {}
+        self.recompute_old = False
+        self.ratio_checked = False
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must hold of this object (JSON)."""
+        return {"base_travel": self.base_travel, "recompute_old": self.recompute_old, "ratio_checked": self.ratio_checked}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Put back what `state` gave."""
+        self.base_travel = dict(state["base_travel"])
+        self.recompute_old, self.ratio_checked = state["recompute_old"], state["ratio_checked"]
+
+    def update(self, number: int, watch: Stopwatch) -> dict[str, float]:
+        """Do update `number` (0 is the first) and return its metrics."""
+        grpo = self.config.grpo
+        group_size = grpo.samples_per_prompt
+        chosen = self._prompts_of(number)
+        count = len(chosen) * group_size
+        mine = range(count)[self.processes.share(count)]
+        prompts = [self.prompts[chosen[i // group_size]] for i in mine]
+        window = self._window(number)
+        with watch.stage("base_travel"):
+            self._measure_base_travel([self.prompts[i] for i in chosen], window)
+        with watch.stage("rollout"):
+            text = self._encode(prompts)
+            trajectory = self._rollout(number, mine, text, window)
+        with watch.stage("reward"):
+            scores = self._score(trajectory.latents, prompts)
+        group = torch.arange(count) // group_size
+        values, valid = self.processes.gather(scores.values).cpu(), self.processes.gather(scores.valid.float()).cpu() > 0
+        for name, ok in zip(self.config.rewards, valid, strict=True):
+            if not ok.any():
+                logger.warning("update %d: the reward %s could not be computed for any sample and has no part in it", number, name)
+        advantages = self._advantages(values, valid, group)
+        active = advantages.view(-1, group_size).ne(0).any(dim=1)  # groups with any spread
+        kept = active[group]
+        if grpo.invalid == "drop":
+            kept = kept & valid.all(dim=0)
+        local = kept[mine.start : mine.stop].nonzero().flatten()
+        with watch.stage("replay"):
+            statistics = self._optimize(
+                number, trajectory, text, local, advantages[mine.start : mine.stop], int(kept.sum()), watch
+            )
+        watched = {name: self.processes.gather(value).cpu() for name, value in scores.watched.items()}
+        metrics = _reward_metrics(self.config, values, valid, group, watched)
+        metrics["camera_travel_base"] = _mean(torch.tensor([self.base_travel.get(self.prompts[i], math.nan) for i in chosen]))
+        metrics["groups/skipped"] = float((~active).sum())
+        return metrics | statistics
+
+    def _prompts_of(self, number: int) -> list[int]:
+        """Indices of the update's prompts: a new random order of all prompts each time round."""
+        total, per_update = len(self.prompts), self.config.grpo.prompts_per_update
+        orders: dict[int, list[int]] = {}
+        chosen = []
+        for place in range(number * per_update, (number + 1) * per_update):
+            epoch, offset = divmod(place, total)
+            if epoch not in orders:
+                generator = torch.Generator().manual_seed(derive_seed(self.config.seed, "order", epoch))
+                orders[epoch] = torch.randperm(total, generator=generator).tolist()
+            chosen.append(orders[epoch][offset])
+        return chosen
+
+    def _window(self, number: int) -> tuple[int, ...]:
+        sampling = self.config.sampling
+        return choose_window(
+            sampling.num_steps,
+            sampling.window,
+            kind=sampling.window_kind,
+            first=sampling.window_first,
+            last=sampling.window_last,
+            seed=derive_seed(self.config.seed, "window", number),
+        )
+
+    @torch.no_grad()
+    def _encode(self, prompts: Sequence[str]) -> Float[Tensor, "B L D"]:
+        """Embeddings; each distinct prompt is encoded once."""
+        distinct = list(dict.fromkeys(prompts))
+        text = self.model.encode_prompt(distinct)
+        place = {prompt: i for i, prompt in enumerate(distinct)}
+        return text[[place[prompt] for prompt in prompts]]
+
+    def _rollout(self, number: int, mine: range, text: Tensor, window: tuple[int, ...]) -> Trajectory:
+        """The policy's videos: samples `mine` of the update."""
+        seed, group_size = self.config.seed, self.config.grpo.samples_per_prompt
+        shared = self.config.sampling.shared_noise
+        slots = [divmod(i, group_size) for i in mine]  # (prompt slot, sample of the group)
+        return self._sample(
+            text,
+            window,
+            noise_seeds=[derive_seed(seed, "noise", number, slot, "all" if shared else k) for slot, k in slots],
+            step_seeds=[derive_seed(seed, "sde", number, slot, k) for slot, k in slots],
+            slots=[slot for slot, _ in slots],
+        )
+
+    def _sample(
+        self, text: Tensor, window: Sequence[int], *, noise_seeds: list[int], step_seeds: list[int], slots: list[int]
+    ) -> Trajectory:
+        sampling = self.config.sampling
+        return rollout(
+            self.model,
+            text,
+            shape=self.shape,
+            noise_seeds=noise_seeds,
+            step_seeds=step_seeds,
+            sigmas=self.sigmas,
+            sde_steps=window,
+            noise=self.noise,
+            guidance_scale=sampling.guidance_scale,
+            negative_text=self.replayer.negative_text,
+            micro_batch=sampling.micro_batch,
+            prompt_ids=slots,
+            offload=sampling.offload,
+        )
+
+    def _measure_base_travel(self, prompts: Sequence[str], window: tuple[int, ...]) -> None:
+        """Camera travel of the base model (LoRA off) for prompts not seen before, with the roll-out's own sampler."""
+        samples = self.config.grpo.base_travel_samples
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.base_travel]
+        if not samples or not new:
+            return
+        repeated = [prompt for prompt in new for _ in range(samples)]
+        seeds = [derive_seed(self.config.seed, "base", prompt, k) for prompt in new for k in range(samples)]
+        with lora_disabled(self.model.transformer):
+            latents = self._sample(
+                self._encode(repeated), window, noise_seeds=seeds, step_seeds=seeds, slots=list(range(len(seeds)))
+            ).latents
+        travel = measure_travel(self.lgm, latents, self.config.lgm.micro_batch).view(len(new), samples)
+        for prompt, mean in zip(new, travel.nanmean(dim=1).tolist(), strict=True):
+            self.base_travel[prompt] = mean
+
+    def _score(self, latents: Tensor, prompts: Sequence[str]) -> Scores:
+        return score_latents(
+            self.lgm,
+            latents,
+            self.config.rewards,
+            prompts=prompts,
+            base_travel=self.base_travel,
+            micro_batch=self.config.lgm.micro_batch,
+        )
+
+    def _advantages(self, values: Tensor, valid: Tensor, group: Tensor) -> Float[Tensor, " N"]:
+        grpo = self.config.grpo
+        return group_advantages(
+            values,
+            group,
+            weights=torch.tensor([term.weight for term in self.config.rewards.values()]),
+            mode=grpo.mode,
+            std=grpo.std,
+            std_scope=grpo.std_scope,
+            eps=grpo.eps,
+            valid=valid,
+            invalid=grpo.invalid,
+        )
+
+    def _optimize(
+        self, number: int, trajectory: Trajectory, text: Tensor, kept: Tensor, advantages: Tensor, samples: int, watch: Stopwatch
+    ) -> dict[str, float]:
+        """`inner_updates` optimizer steps on the kept samples' transitions; `samples` counts them over all processes."""
+        grpo = self.config.grpo
+        if samples == 0:
+            return {"loss": math.nan, "grad_norm": math.nan}
+        transitions = all_transitions(kept, len(trajectory.steps))
+        parts = list(inner_parts(transitions, grpo.inner_updates, grpo.inner_split, derive_seed(self.config.seed, "inner", number)))
+        statistics, norms = ReplayStatistics(), []
+        old = [self._old_log_probs(trajectory, text, part) for part in parts]
+        for inner, part in enumerate(parts):
+            total = max(1, int(self.processes.sum(torch.tensor(float(len(part)), device=self.model.device))))
+            result = self.replayer.backward(trajectory, text, part, old[inner], advantages, total)
+            if inner == 0 and not self._first_ratio_holds(result):
+                self.optimizer.zero_grad(set_to_none=True)
+                old = [self._old_log_probs(trajectory, text, each) for each in parts]
+                result = self.replayer.backward(trajectory, text, part, old[inner], advantages, total)
+                if not self._first_ratio_holds(result):
+                    raise UserError(
+                        "the replayed ratio is not 1 before the first optimizer step: the model is not deterministic; "
+                        "switch off dropout, or set model.dtype: float32"
+                    )
+            statistics.merge(result)
+            with watch.stage("optimizer"):
+                norms.append(self._step(number, result))
+        return self._statistics(statistics, norms)
+
+    def _old_log_probs(self, trajectory: Trajectory, text: Tensor, part: Tensor) -> Float[Tensor, " M"]:
+        if self.recompute_old:
+            return self.replayer.log_probs(trajectory, text, part)
+        return trajectory.log_probs[part[:, 0], part[:, 1]]
+
+    def _first_ratio_holds(self, result: ReplayStatistics) -> bool:
+        """Before the run's first optimizer step the ratio must be 1; if it is not, old log-probabilities get recomputed."""
+        if self.ratio_checked:
+            return True
+        limit = 1e-5 if self.config.model.dtype == "float32" else self.config.grpo.clip / 10
+        # NaN is not this check's business: the finite check before the optimizer step reports it.
+        off = result.deviation is not None and bool(result.deviation >= limit)
+        if self.processes.any(off, self.model.device):
+            if not self.recompute_old:
+                logger.warning("roll-out and replay differ by more than %.0e; old log-probabilities are recomputed from now on", limit)
+            self.recompute_old = True
+            return False
+        self.ratio_checked = True
+        return True
+
+    def _step(self, number: int, result: ReplayStatistics) -> float:
+        """Sum gradients over processes, clip, check, step. Returns the gradient's norm."""
+        self.processes.sum_gradients(self.parameters)
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.optim.grad_clip)
+        finite = bool(torch.isfinite(norm)) and all(bool(torch.isfinite(value)) for value in result.sums.values())
+        if self.processes.any(not finite, self.model.device):
+            self._stop_on_non_finite(number)
+        rate = self.config.optim.learning_rate * min(1.0, (number + 1) / max(1, self.config.optim.warmup_updates))
+        for parameters in self.optimizer.param_groups:
+            parameters["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(norm)
+
+    def _stop_on_non_finite(self, number: int) -> None:
+        """Keep what reproduces the update (its seeds follow from its number), and stop before the adapter is spoilt."""
+        file = Path(self.config.output) / f"nonfinite-{number:06d}-rank{self.processes.rank}.pt"
+        prompts = [self.prompts[i] for i in self._prompts_of(number)]
+        torch.save(
+            {"update": number, "prompts": prompts, "adapter": lora_state(self.model.transformer), "config": self.config.model_dump(mode="json")},
+            file,
+        )
+        raise UserError(
+            f"loss or gradient is not finite in update {number}; nothing was changed and {file} reproduces it: "
+            "lower optim.learning_rate or set model.dtype: float32, and run again to resume"
+        )
+
+    def _statistics(self, statistics: ReplayStatistics, norms: Sequence[float]) -> dict[str, float]:
+        names = ("loss", "kl", "ratio", "clip_fraction")
+        zero = torch.zeros((), dtype=torch.float64, device=self.model.device)
+        sums = torch.stack([statistics.sums.get(name, zero) for name in names] + [zero + statistics.count])
+        sums = self.processes.sum(sums.float() if self.model.device.type == "mps" else sums)
+        means = (sums[:-1] / sums[-1]).tolist()
+        metrics = dict(zip(names, means, strict=True))
+        deviation = statistics.deviation if statistics.deviation is not None else zero
+        metrics["ratio_deviation"] = float(self.processes.gather(deviation.float().view(1)).max())
+        return metrics | {"grad_norm": sum(norms) / len(norms), "learning_rate": self.optimizer.param_groups[0]["lr"]}
+
+
+def _reward_metrics(
+    config: TrainConfig, values: Tensor, valid: Tensor, group: Tensor, watched: dict[str, Tensor]
+) -> dict[str, float]:
+    """Means of the rewards over valid samples, their spread within groups, and what is watched."""
+    metrics: dict[str, float] = {}
+    groups = int(group.max()) + 1
+    for name, value, ok in zip(config.rewards, values, valid, strict=True):
+        metrics[f"reward/{name}"] = _mean(value[ok])
+        spreads = [value[ok & (group == g)].std(correction=0) for g in range(groups) if bool((ok & (group == g)).any())]
+        metrics[f"group_std/{name}"] = _mean(torch.stack(spreads)) if spreads else math.nan
+    metrics["samples/invalid"] = float((~valid.all(dim=0)).sum())
+    return metrics | {name: _mean(value) for name, value in watched.items()}
+
+
+def _mean(values: Tensor) -> float:
+    """Mean of the finite values, NaN if there is none."""
+    finite = values[torch.isfinite(values)]
+    return float(finite.mean()) if len(finite) else math.nan

@@ -1,0 +1,155 @@
+"""Replay: score the stochastic steps of a roll-out again, with gradient, in micro-batches over samples and steps at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from vggrpo.config import GRPOConfig
+from vggrpo.models.base import VideoModel
+from vggrpo.models.lora import lora_disabled
+from vggrpo.posttraining.loss import clipped_policy_loss, gaussian_kl
+from vggrpo.sampling.flow_sde import SDEStep, diffusion_scale, sde_step
+from vggrpo.sampling.rollout import NoiseSettings, Trajectory, guided_velocity
+
+
+@dataclass(frozen=True)
+class Replayer:
+    """The policy and how its steps were made; scores transitions (sample, step) of one roll-out.
+
+    Attributes:
+        model: the policy, with its LoRA on.
+        settings: the update's hyperparameters.
+        noise: the roll-out's noise.
+        guidance_scale: the roll-out's guidance, 1 = none.
+        negative_text: embedding for guidance.
+    """
+
+    model: VideoModel
+    settings: GRPOConfig
+    noise: NoiseSettings
+    guidance_scale: float = 1.0
+    negative_text: Float[Tensor, "1 L D"] | None = None
+
+    def step(self, trajectory: Trajectory, text: Float[Tensor, "B L D"], chosen: Int[Tensor, "M 2"]) -> SDEStep:
+        """Score M transitions, given as (sample, place in the window)."""
+        device = self.model.device
+        x, x_next, t, t_next = _pick(trajectory, chosen, device)
+        velocity = guided_velocity(
+            self.model,
+            x,
+            t,
+            text[chosen[:, 0].to(text.device)],
+            guidance_scale=self.guidance_scale,
+            negative_text=self.negative_text,
+        )
+        return sde_step(x, velocity, t, t_next, next_sample=x_next, **vars(self.noise))
+
+    @torch.no_grad()
+    def log_probs(self, trajectory: Trajectory, text: Tensor, chosen: Int[Tensor, "M 2"]) -> Float[Tensor, " M"]:
+        """Log-probabilities with the replay's own batching, for when the roll-out's differ too much from it."""
+        parts = [self.step(trajectory, text, part).log_prob for part in chosen.split(self.settings.micro_batch)]
+        return torch.cat(parts) if parts else trajectory.log_probs.new_zeros(0)
+
+    def backward(
+        self,
+        trajectory: Trajectory,
+        text: Float[Tensor, "B L D"],
+        chosen: Int[Tensor, "M 2"],
+        old_log_probs: Float[Tensor, " M"],
+        advantages: Float[Tensor, " B"],
+        total: int,
+    ) -> ReplayStatistics:
+        """Accumulate the gradient of `sum (policy loss + beta KL) / total` over M transitions.
+
+        Args:
+            total: transitions of all processes, so that gradients can be summed over them.
+        """
+        statistics = ReplayStatistics()
+        size = self.settings.micro_batch
+        for part, old in zip(chosen.split(size), old_log_probs.split(size), strict=True):
+            if len(part) == 0:
+                continue
+            # The reference goes first: switching the adapter off and on must not happen between forward and backward.
+            reference = self._reference(trajectory, text, part) if self.settings.kl > 0 else None
+            step = self.step(trajectory, text, part)
+            policy = clipped_policy_loss(
+                step.log_prob,
+                old.to(step.log_prob),
+                advantages[part[:, 0].to(advantages.device)].to(step.log_prob),
+                clip=self.settings.clip,
+                advantage_clip=self.settings.advantage_clip,
+            )
+            loss = policy.per_sample
+            kl = torch.zeros_like(loss)
+            if reference is not None:
+                kl = gaussian_kl(step.mean, reference.mean, self._kl_scale(trajectory, part, step))
+                loss = loss + self.settings.kl * kl
+            (loss.sum() / total).backward()
+            statistics.add(loss, kl, policy.ratio, policy.clipped)
+        return statistics
+
+    @torch.no_grad()
+    def _reference(self, trajectory: Trajectory, text: Tensor, chosen: Tensor) -> SDEStep:
+        with lora_disabled(self.model.transformer):
+            return self.step(trajectory, text, chosen)
+
+    def _kl_scale(self, trajectory: Trajectory, chosen: Tensor, step: SDEStep) -> Float[Tensor, "M 1 1 1 1"]:
+        """What divides the distance of the means: the step's std, or flow_grpo's diffusion coefficient without |dt|."""
+        if self.settings.kl_unit == "gaussian":
+            return step.std
+        index = torch.tensor(trajectory.steps)[chosen[:, 1]].to(trajectory.sigmas.device)
+        t, t_next = trajectory.sigmas[index], trajectory.sigmas[index + 1]
+        return diffusion_scale(t, t_next, **vars(self.noise)).view(-1, 1, 1, 1, 1)
+
+
+@dataclass
+class ReplayStatistics:
+    """Sums over transitions; kept as tensors, so that nothing waits for the device until the end."""
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    deviation: Tensor | None = None
+    count: int = 0
+
+    def add(self, loss: Tensor, kl: Tensor, ratio: Tensor, clipped: Tensor) -> None:
+        """Count one micro-batch."""
+        for name, value in (("loss", loss), ("kl", kl), ("ratio", ratio), ("clip_fraction", clipped.float())):
+            self.sums[name] = self.sums.get(name, 0.0) + value.detach().double().sum()
+        deviation = (ratio - 1).abs().max()
+        self.deviation = deviation if self.deviation is None else torch.maximum(self.deviation, deviation)
+        self.count += len(loss)
+
+    def merge(self, other: ReplayStatistics) -> None:
+        """Count another pass."""
+        for name, value in other.sums.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        if other.deviation is not None:
+            self.deviation = other.deviation if self.deviation is None else torch.maximum(self.deviation, other.deviation)
+        self.count += other.count
+
+
+def _pick(trajectory: Trajectory, chosen: Int[Tensor, "M 2"], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """States before and after, and times, of M transitions, on `device`."""
+    pairs = chosen.tolist()
+    x = torch.stack([trajectory.samples[w][i] for i, w in pairs]).to(device)
+    x_next = torch.stack([trajectory.next_samples[w][i] for i, w in pairs]).to(device)
+    index = torch.tensor([trajectory.steps[w] for _, w in pairs], device=trajectory.sigmas.device)
+    return x, x_next, trajectory.sigmas[index].to(device), trajectory.sigmas[index + 1].to(device)
+
+
+def all_transitions(samples: Int[Tensor, " B"], window: int) -> Int[Tensor, "M 2"]:
+    """(sample, place in the window) for every kept sample and stochastic step."""
+    return torch.cartesian_prod(samples, torch.arange(window)).view(-1, 2)
+
+
+def inner_parts(transitions: Int[Tensor, "M 2"], parts: int, split: bool, seed: int) -> Iterator[Int[Tensor, "P 2"]]:
+    """What each of `parts` optimizer steps replays: a random share of the transitions, or all of them."""
+    if parts == 1 or not split:
+        yield from [transitions] * parts
+        return
+    order = torch.randperm(len(transitions), generator=torch.Generator().manual_seed(seed))
+    yield from transitions[order].tensor_split(parts)

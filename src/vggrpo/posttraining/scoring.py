@@ -1,0 +1,93 @@
+"""From clean latents to rewards: the LGM's geometry, every configured reward, and what is watched beside them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from vggrpo.config import RewardTerm
+from vggrpo.errors import UserError
+from vggrpo.geometry import GeometryPrediction
+from vggrpo.rewards import REWARDS, RewardContext, camera_travel
+
+GeometryReader = Callable[[Float[Tensor, "B C T H W"]], GeometryPrediction]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Rewards of N clips.
+
+    Attributes:
+        values: (R, N), NaN where invalid.
+        valid: (R, N).
+        watched: quantities (N,) that are logged, NaN where unknown: `camera_travel`, `dynamic_share`, and the rewards' own terms.
+    """
+
+    values: Float[Tensor, "R N"]
+    valid: Bool[Tensor, "R N"]
+    watched: dict[str, Float[Tensor, " N"]]
+
+
+def check_rewards(terms: Mapping[str, RewardTerm]) -> None:
+    """Raise a UserError that names the nearest known reward for an unknown one."""
+    for name in terms:
+        if name not in REWARDS:
+            near = difflib.get_close_matches(name, REWARDS, n=1, cutoff=0.0)
+            raise UserError(f"unknown reward {name!r}; the nearest known is {near[0]!r} (there are {', '.join(REWARDS)})")
+
+
+@torch.no_grad()
+def score_latents(
+    lgm: GeometryReader,
+    latents: Float[Tensor, "N C T H W"],
+    terms: Mapping[str, RewardTerm],
+    *,
+    prompts: Sequence[str],
+    base_travel: Mapping[str, float],
+    micro_batch: int,
+) -> Scores:
+    """All rewards of N clips, `micro_batch` at a time.
+
+    Args:
+        lgm: latents -> geometry.
+        latents: clean, normalised.
+        terms: the configured rewards.
+        prompts: one a clip.
+        base_travel: the base model's camera travel by prompt; empty if it is not measured.
+        micro_batch: clips per call.
+    """
+    parts = [
+        _score_chunk(lgm, chunk, terms, RewardContext(prompts[i * micro_batch : i * micro_batch + len(chunk)], base_travel))
+        for i, chunk in enumerate(latents.split(micro_batch))
+    ]
+    return Scores(
+        torch.cat([part.values for part in parts], dim=1),
+        torch.cat([part.valid for part in parts], dim=1),
+        {name: torch.cat([part.watched[name] for part in parts]) for name in parts[0].watched},
+    )
+
+
+@torch.no_grad()
+def measure_travel(lgm: GeometryReader, latents: Float[Tensor, "N C T H W"], micro_batch: int) -> Float[Tensor, " N"]:
+    """Camera travel of each clip, NaN where its geometry is broken."""
+    return torch.cat([camera_travel(lgm(chunk)) for chunk in latents.split(micro_batch)])
+
+
+def _score_chunk(lgm: GeometryReader, latents: Tensor, terms: Mapping[str, RewardTerm], context: RewardContext) -> Scores:
+    prediction = lgm(latents)
+    travel = camera_travel(prediction)
+    moving = prediction.dynamic_mask
+    share = torch.full_like(travel, torch.nan) if moving is None else moving.flatten(1).float().mean(dim=1)
+    watched = {"camera_travel": travel, "dynamic_share": share}
+    values, valid = [], []
+    for name, term in terms.items():
+        reward = REWARDS[name](prediction, context=context, **term.options)
+        values.append(reward.value.float())
+        valid.append(reward.valid & reward.value.isfinite())
+        watched |= {f"{name}/{key}": value.float() for key, value in reward.terms.items() if value.ndim == 1}
+    return Scores(torch.stack(values), torch.stack(valid), watched)

@@ -1,0 +1,197 @@
+"""Videos from prompts with any Wan pipeline, with or without a LoRA, for people and for evaluation.
+
+The pipeline's own deterministic solver is used, so plain diffusers with `generator=torch.Generator("cpu").manual_seed(video_seed(i, s))`
+gives the same frames. The initial noise follows from the prompt's place and the seed alone: base and tuned arms form pairs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vggrpo.errors import UserError
+from vggrpo.io.atomic import atomic_path, atomic_write_json, ensure_directory
+from vggrpo.io.manifest import ManifestRow, read_manifest, write_manifest
+from vggrpo.io.video import write_video
+from vggrpo.models.base import VideoModel
+from vggrpo.models.loading import load_video_model
+from vggrpo.models.lora import load_lora
+from vggrpo.sampling.rollout import guided_velocity
+from vggrpo.sampling.seeds import derive_seed, seeded_noise
+
+
+def video_seed(index: int, seed: int) -> int:
+    """Seed of the initial noise of prompt `index` (its place in the list) under `seed`."""
+    return derive_seed("video", index, seed)
+
+
+@torch.no_grad()
+def generate_videos(
+    prompts: Sequence[str],
+    output: Path | str,
+    *,
+    pipeline: str | Path = "embedded",
+    lora: str | Path | None = None,
+    arm: str | None = None,
+    seeds: Iterable[int] = (0,),
+    num_steps: int = 50,
+    guidance_scale: float = 1.0,
+    num_frames: int = 17,
+    size: tuple[int, int] = (64, 64),
+    fps: float = 8.0,
+    micro_batch: int = 8,
+    device: str = "auto",
+    dtype: str = "float32",
+    save_latents: bool = False,
+) -> Path:
+    """Write `OUTPUT/ARM/*.mp4` and list them in `OUTPUT/manifest.jsonl`; files that are there already are not made again.
+
+    Args:
+        prompts: one or more.
+        output: directory; may hold other arms already.
+        pipeline: directory or hub id; "embedded" is the shipped one.
+        lora: LoRA file or directory.
+        arm: name in the manifest; default "tuned" with a LoRA, else "base".
+        seeds: videos per prompt, one a seed.
+        num_steps: denoising steps.
+        guidance_scale: classifier-free guidance against the empty prompt, 1 = none.
+        num_frames: 4n+1.
+        size: (height, width) in pixels.
+        fps: frames per second in the file.
+        micro_batch: videos at once.
+        device: "auto", "cpu", "cuda", ...
+        dtype: of transformer and text encoder.
+        save_latents: also write the normalised latents, `*.safetensors` with the key `latents`, (C, T', H', W').
+
+    Returns:
+        The manifest.
+    """
+    if not prompts:
+        raise UserError("there is no prompt; give at least one")
+    arm = arm or ("tuned" if lora is not None else "base")
+    seeds = list(seeds)
+    folder = ensure_directory(Path(output) / arm)
+    settings = {
+        "pipeline": str(pipeline),
+        "lora": None if lora is None else _digest(lora),
+        "num_steps": num_steps,
+        "guidance_scale": guidance_scale,
+        "num_frames": num_frames,
+        "size": list(size),
+        "fps": fps,
+        "dtype": dtype,
+    }
+    _check_settings(folder / "settings.json", settings)
+    wanted = [(i, seed, folder / f"{_stem(i, prompt, seed)}.mp4") for i, prompt in enumerate(prompts) for seed in seeds]
+    missing = [job for job in wanted if not _is_done(job[2], save_latents)]
+    if missing:
+        model = load_video_model(pipeline, device=device, dtype=dtype)
+        shape = model.latent_spec.latent_shape(num_frames, *size)
+        if lora is not None:
+            load_lora(model.transformer, lora)
+        for jobs in _batches(missing, micro_batch):
+            latents = solve(
+                model,
+                [prompts[i] for i, _, _ in jobs],
+                shape=shape,
+                seeds=[video_seed(i, seed) for i, seed, _ in jobs],
+                num_steps=num_steps,
+                guidance_scale=guidance_scale,
+            )
+            for (_, _, path), latent in zip(jobs, latents, strict=True):
+                _write(model, path, latent, fps, save_latents)
+    rows = [ManifestRow(f"{arm}/{path.name}", prompts[i], seed, fps, arm) for i, seed, path in wanted]
+    return _write_rows(Path(output) / "manifest.jsonl", rows, arm)
+
+
+@torch.no_grad()
+def solve(
+    model: VideoModel,
+    prompts: Sequence[str],
+    *,
+    shape: Sequence[int],
+    seeds: Sequence[int],
+    num_steps: int,
+    guidance_scale: float = 1.0,
+) -> Float[Tensor, "B C T H W"]:
+    """Clean latents by the pipeline's own solver (diffusers scheduler), as the plain pipeline makes them.
+
+    Raises:
+        UserError: when the network puts out NaN or infinity.
+    """
+    text = model.encode_prompt(prompts)
+    negative = model.encode_prompt([""]) if guidance_scale != 1 else None
+    latents = seeded_noise(seeds, shape, model.device)
+    solver = model.solver(num_steps)
+    for timestep in solver.timesteps:
+        t = (timestep.float() / 1000).expand(len(latents))
+        velocity = guided_velocity(
+            model, latents, t, text, guidance_scale=guidance_scale, negative_text=negative
+        )
+        latents = solver.step(velocity, timestep, latents, return_dict=False)[0]
+    if not bool(torch.isfinite(latents).all()):
+        raise UserError("the sampled latents are not finite: the weights or the LoRA are broken, or the number format is too narrow")
+    return latents
+
+
+def _write(model: VideoModel, path: Path, latents: Float[Tensor, "C T H W"], fps: float, save_latents: bool) -> None:
+    """The video goes last: where it is, all of it is."""
+    if save_latents:
+        from safetensors.torch import save_file
+
+        with atomic_path(path.with_suffix(".safetensors")) as temporary:
+            save_file({"latents": latents.cpu().contiguous()}, str(temporary))
+    write_video(path, model.decode(latents[None])[0], fps)
+
+
+def _is_done(path: Path, save_latents: bool) -> bool:
+    return path.is_file() and (not save_latents or path.with_suffix(".safetensors").is_file())
+
+
+def _stem(index: int, prompt: str, seed: int) -> str:
+    """A file name that another prompt at the same place does not share."""
+    return f"{index:04d}-{hashlib.sha256(prompt.encode()).hexdigest()[:8]}-{seed}"
+
+
+def _digest(lora: str | Path) -> str:
+    """Checksum of the LoRA's weights: the same path may hold another LoRA tomorrow."""
+    path = Path(lora)
+    files = sorted(path.rglob("*lora*.safetensors")) if path.is_dir() else [path]
+    files = [file for file in files if file.is_file()]
+    if not files:
+        raise UserError(f"no LoRA at {lora}; give a .safetensors file or a run's directory")
+    return hashlib.sha256(files[0].read_bytes()).hexdigest()[:16]
+
+
+def _check_settings(path: Path, settings: dict[str, Any]) -> None:
+    """Videos of other settings in the same place are an error, not a mixture."""
+    if path.is_file():
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{path} is damaged; delete its directory to start afresh") from error
+        for key, value in settings.items():
+            if before.get(key) != value:
+                raise UserError(
+                    f"{path.parent} holds videos with {key} {before.get(key)!r}, not {value!r}; name another --output or --arm"
+                )
+        return
+    atomic_write_json(path, settings)
+
+
+def _write_rows(path: Path, rows: Sequence[ManifestRow], arm: str) -> Path:
+    """The manifest with this arm's rows replaced and the other arms' rows kept."""
+    others = [row for row in read_manifest(path) if row.arm != arm] if path.is_file() else []
+    return write_manifest(path, [*others, *rows])
+
+
+def _batches(jobs: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    for start in range(0, len(jobs), size):
+        yield jobs[start : start + size]
