@@ -22,8 +22,17 @@ def build_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
 
 
-def save_tiny_wan(directory: Path, *, seed: int = 0, channels: int = 4, solver: str = "euler", expand_timesteps: bool = False) -> Path:
-    """Save a random pipeline (4 latent channels, /8 in space, /4 in time, 2 blocks of width 24) and return its directory."""
+def save_tiny_wan(
+    directory: Path,
+    *,
+    seed: int = 0,
+    channels: int = 4,
+    solver: str = "euler",
+    expand_timesteps: bool = False,
+    width: int = 24,
+) -> Path:
+    """Save a random pipeline (4 latent channels, /8 in space, /4 in time, 2 blocks) and return its
+    directory."""
     from diffusers import (
         AutoencoderKLWan,
         FlowMatchEulerDiscreteScheduler,
@@ -48,7 +57,7 @@ def save_tiny_wan(directory: Path, *, seed: int = 0, channels: int = 4, solver: 
     )
     transformer = WanTransformer3DModel(
         num_attention_heads=2,
-        attention_head_dim=12,
+        attention_head_dim=width // 2,
         in_channels=channels,
         out_channels=channels,
         text_dim=16,

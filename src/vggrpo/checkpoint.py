@@ -1,7 +1,9 @@
 """Checkpoints that are whole or absent, and a resume that falls back when the last one is damaged.
 
-A checkpoint is a directory `step-000010` with `tensors.pt` (adapter, optimizer, RNG), `state.json` (step, config, counters, versions) and
-`checksums.json` (SHA-256 of both). It is written beside its place and renamed into it, so a crash or a full disk leaves the older ones intact.
+A checkpoint is a directory `step-000010` with `tensors.pt` (adapter, optimizer, RNG), `state.json` (step, config,
+counters, versions) and
+`checksums.json` (SHA-256 of both). It is written beside its place and renamed into it, so a crash or a full disk leaves
+the older ones intact.
 """
 
 from __future__ import annotations
@@ -66,7 +68,9 @@ def save_checkpoint(
         os.replace(temporary, target)
         _sync(root)
     except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
-        raise UserError(f"checkpoint {target} could not be written ({error}); free space there, older checkpoints are intact") from error
+        raise UserError(
+            f"checkpoint {target} could not be written ({error}); free space there, older checkpoints are intact"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     for old in _list(root)[:-keep_last]:
@@ -89,7 +93,9 @@ def load_latest(directory: Path | str) -> Checkpoint | None:
             return Checkpoint(state["step"], tensors, state, path)
         logger.warning("checkpoint %s is damaged (%s); falling back to the one before", path, reason)
     if found:
-        raise UserError(f"all {len(found)} checkpoints in {directory} are damaged; delete the directory to start afresh")
+        raise UserError(
+            f"all {len(found)} checkpoints in {directory} are damaged; delete the directory to start afresh"
+        )
     return None
 
 

@@ -1,6 +1,8 @@
-"""Typed configuration of a training run: a YAML recipe plus `key=value` overrides. Imports no torch, so that errors come at once.
+"""Typed configuration of a training run: a YAML recipe plus `key=value` overrides. Imports no torch, so that errors
+come at once.
 
-Every field says what it is, in which unit, and carries its bounds. An unknown key is an error that names the nearest known one.
+Every field says what it is, in which unit, and carries its bounds. An unknown key is an error that names the nearest
+known one.
 Fields that only steer how long a run is, or where it writes, may change at resume (`RESUMABLE`); all others may not.
 """
 
@@ -121,7 +123,8 @@ class GRPOConfig(_Section):
     kl: float = Field(default=0.004, ge=0)
     """Weight beta of the KL to the model without LoRA; 0 saves one forward pass per replayed step."""
     kl_unit: Literal["gaussian", "diffusion"] = "gaussian"
-    """"gaussian" divides by 2 s^2 |dt| (the true KL), "diffusion" by 2 s^2 (flow_grpo's, about 10 times smaller at 10 steps)."""
+    """"gaussian" divides by 2 s^2 |dt| (the true KL), "diffusion" by 2 s^2 (flow_grpo's, about 10 times smaller at 10
+    steps)."""
     inner_updates: int = Field(default=1, ge=1)
     """Optimizer steps per roll-out."""
     inner_split: bool = True
@@ -221,17 +224,22 @@ class TrainConfig(_Section):
         last = sampling.num_steps - 2 if sampling.window_last is None else sampling.window_last
         if last > sampling.num_steps - 2 or sampling.window > last - sampling.window_first + 1:
             raise ValueError(
-                f"sampling.window {sampling.window} does not fit steps {sampling.window_first} to {last} of {sampling.num_steps} "
+                f"sampling.window {sampling.window} does not fit steps {sampling.window_first} to {last} "
+                f"of {sampling.num_steps} "
                 "(the last step is deterministic); lower sampling.window or raise sampling.num_steps"
             )
         if sampling.variant == "flow_grpo_wan" and (sampling.sigma_min is None or sampling.sigma_max is None):
             raise ValueError("sampling.variant flow_grpo_wan needs sampling.sigma_min and sampling.sigma_max")
         if sampling.variant == "cps" and grpo.kl_unit == "diffusion":
-            raise ValueError("grpo.kl_unit diffusion has no meaning for sampling.variant cps; set grpo.kl_unit: gaussian")
+            raise ValueError(
+                "grpo.kl_unit diffusion has no meaning for sampling.variant cps; set grpo.kl_unit: gaussian"
+            )
         if not any(term.weight > 0 for term in self.rewards.values()):
             raise ValueError("all weights in rewards are 0; give at least one reward a positive weight")
         if "camera_motion_hinge" in self.rewards and grpo.base_travel_samples == 0:
-            raise ValueError("rewards.camera_motion_hinge compares with the base model; set grpo.base_travel_samples to 1 or more")
+            raise ValueError(
+                "rewards.camera_motion_hinge compares with the base model; set grpo.base_travel_samples to 1 or more"
+            )
         return self
 
 
@@ -347,7 +355,11 @@ def _explain(error: ValidationError) -> str:
         same_leaf = [key for key in known if key.split(".")[-1] == str(first["loc"][-1])]
         return f"unknown config key {name!r}; the nearest known key is {(same_leaf or near)[0]!r}"
     message = first["msg"].removeprefix("Value error, ")
-    return f"config: {message}" if not name else f"config key {name!r} is {first['input']!r}: {message[0].lower()}{message[1:]}"
+    return (
+        f"config: {message}"
+        if not name
+        else f"config key {name!r} is {first['input']!r}: {message[0].lower()}{message[1:]}"
+    )
 
 
 def _known_keys(model: type[BaseModel] = TrainConfig, prefix: str = "") -> list[str]:

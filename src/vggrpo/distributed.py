@@ -1,7 +1,9 @@
 """What several processes need to agree on: who they are, all their rewards, and the sum of their gradients.
 
-Data parallel without a wrapper: each process rolls out its share of the samples, group statistics are computed from the gathered rewards
-(so they do not depend on the split), each scales its loss by the **global** number of transitions, and gradients are summed. One process
+Data parallel without a wrapper: each process rolls out its share of the samples, group statistics are computed from the
+gathered rewards
+(so they do not depend on the split), each scales its loss by the **global** number of transitions, and gradients are
+summed. One process
 needs none of it and every function is then the identity.
 """
 
@@ -69,7 +71,7 @@ class Processes:
         torch.distributed.all_gather(parts, moved)
         return torch.cat(parts).movedim(0, -1)
 
-    def sum(self, values: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    def sum(self, values: Float[Tensor, ...]) -> Float[Tensor, ...]:
         """Sum over all processes."""
         if self.size > 1:
             torch.distributed.all_reduce(values)

@@ -1,6 +1,7 @@
 """The log of a run: one JSON line per update, TensorBoard curves, and a progress bar for people.
 
-The JSON lines are the record. At resume, lines of updates that the checkpoint does not know are cut off, so that an interrupted run's log
+The JSON lines are the record. At resume, lines of updates that the checkpoint does not know are cut off, so that an
+interrupted run's log
 equals an uninterrupted one's (wall-clock seconds aside).
 """
 
@@ -21,7 +22,9 @@ from vggrpo.io.atomic import atomic_write
 class Tracker:
     """Writes the metrics of each update to `OUTPUT/log.jsonl`, `OUTPUT/tensorboard` and the terminal."""
 
-    def __init__(self, output: Path, *, total: int, start: int = 0, enabled: bool = True, progress: bool = True) -> None:
+    def __init__(
+        self, output: Path, *, total: int, start: int = 0, enabled: bool = True, progress: bool = True
+    ) -> None:
         self.path = output / "log.jsonl"
         self._enabled = enabled
         self._progress: Any = None
@@ -58,7 +61,9 @@ class Tracker:
     def __enter__(self) -> Tracker:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def _cut_after(self, start: int) -> None:

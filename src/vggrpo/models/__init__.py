@@ -1,4 +1,5 @@
-"""Networks that are loaded from checkpoints, behind the two protocols of `vggrpo.models.base`. Imported lazily: see `__getattr__`."""
+"""Networks that are loaded from checkpoints, behind the two protocols of `vggrpo.models.base`. Imported lazily: see
+`__getattr__`."""
 
 from __future__ import annotations
 

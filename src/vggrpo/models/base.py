@@ -1,7 +1,8 @@
 """What the rest of the house needs from a video generator and from a geometry network, and nothing more.
 
 A new video model (HunyuanVideo, LTX) is one file that satisfies `VideoModel`; a new geometry backend is one file that
-satisfies `GeometryModel`. Conventions are those of the paper map: rectified flow with `t` in [0, 1], normalised float32 latents,
+satisfies `GeometryModel`. Conventions are those of the paper map: rectified flow with `t` in [0, 1], normalised float32
+latents,
 videos in [0, 1].
 """
 
@@ -28,7 +29,8 @@ class LatentSpec:
 
     Attributes:
         channels: latent channels C.
-        temporal_stride: RGB frames per latent frame; the first frame stands alone, so clips have `temporal_stride * n + 1` frames.
+        temporal_stride: RGB frames per latent frame; the first frame stands alone, so clips have `temporal_stride * n +
+            1` frames.
         spatial_stride: pixels per latent cell, both directions.
         patch_size: latent cells per transformer token, (time, height, width).
     """
@@ -52,8 +54,15 @@ class LatentSpec:
             multiple = self.spatial_stride * patch
             if pixels < multiple or pixels % multiple:
                 nearest = max(1, round(pixels / multiple)) * multiple
-                raise UserError(f"{name} must be a positive multiple of {multiple} pixels, got {pixels}; the nearest is {nearest}")
-        return (self.channels, (num_frames - 1) // stride + 1, height // self.spatial_stride, width // self.spatial_stride)
+                raise UserError(
+                    f"{name} must be a positive multiple of {multiple} pixels, got {pixels}; the nearest is {nearest}"
+                )
+        return (
+            self.channels,
+            (num_frames - 1) // stride + 1,
+            height // self.spatial_stride,
+            width // self.spatial_stride,
+        )
 
     def num_frames(self, latent_frames: int) -> int:
         """RGB frames that `latent_frames` latent frames decode to."""
@@ -96,7 +105,8 @@ class VideoModel(Protocol):
         ...
 
     def solver(self, num_steps: int) -> Any:
-        """A fresh deterministic solver (diffusers scheduler) with its `timesteps` set, as the plain pipeline uses it."""
+        """A fresh deterministic solver (diffusers scheduler) with its `timesteps` set, as the plain pipeline uses
+        it."""
         ...
 
 

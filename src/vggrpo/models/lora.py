@@ -1,6 +1,7 @@
 """LoRA on a diffusers transformer through peft: attach, switch off, save and load in diffusers' own format.
 
-The files are what `WanPipeline.load_lora_weights` reads: keys `transformer.<layer>.lora_A.weight`, with rank and alpha in the header.
+The files are what `WanPipeline.load_lora_weights` reads: keys `transformer.<layer>.lora_A.weight`, with rank and alpha
+in the header.
 """
 
 from __future__ import annotations
@@ -42,11 +43,15 @@ def attach_lora(
     linear = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
     unmatched = [target for target in targets if not any(_ends_in(name, target) for name in linear)]
     if unmatched:
-        endings = sorted({_ending(name) for name in linear})
-        raise UserError(f"lora.targets {unmatched} match no linear layer of the model; use endings such as {', '.join(endings[:12])}")
+        endings = sorted({_ending(name) for name in linear})[:12]
+        raise UserError(
+            f"lora.targets {unmatched} match no linear layer of the model; use endings such as {', '.join(endings)}"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        transformer.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets)), adapter_name=ADAPTER)
+        transformer.add_adapter(
+            LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets)), adapter_name=ADAPTER
+        )
     parameters = dict(lora_parameters(transformer))
     for name, parameter in parameters.items():
         parameter.data = parameter.data.float()
@@ -79,7 +84,9 @@ def set_lora_state(transformer: nn.Module, state: dict[str, Tensor]) -> None:
     """Put back what `lora_state` gave."""
     parameters = dict(lora_parameters(transformer))
     if parameters.keys() != state.keys():
-        raise UserError("the saved adapter belongs to another model or to other lora.targets; use another output directory")
+        raise UserError(
+            "the saved adapter belongs to another model or to other lora.targets; use another output directory"
+        )
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(state[name])
@@ -91,7 +98,10 @@ def export_lora(transformer: nn.Module, directory: Path | str) -> Path:
     from peft.utils import get_peft_model_state_dict
 
     layers = {name: value.detach().cpu().contiguous() for name, value in get_peft_model_state_dict(transformer).items()}
-    metadata = {key: sorted(value) if isinstance(value, set) else value for key, value in transformer.peft_config[ADAPTER].to_dict().items()}
+    metadata = {
+        key: sorted(value) if isinstance(value, set) else value
+        for key, value in transformer.peft_config[ADAPTER].to_dict().items()
+    }
     target = Path(directory) / WEIGHTS_NAME
     with atomic_path(target) as temporary:
         WanPipeline.save_lora_weights(
@@ -118,11 +128,15 @@ def load_lora(transformer: nn.Module, path: Path | str) -> None:
     from safetensors import SafetensorError
 
     try:
-        state, metadata = WanPipeline.lora_state_dict(str(found.parent), weight_name=found.name, return_lora_metadata=True)
+        state, metadata = WanPipeline.lora_state_dict(
+            str(found.parent), weight_name=found.name, return_lora_metadata=True
+        )
         WanPipeline.load_lora_into_transformer(state, transformer, adapter_name=ADAPTER, metadata=metadata)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-        raise UserError(f"LoRA {found} does not load into this model ({reason}); it is damaged or was made for another one") from error
+        raise UserError(
+            f"LoRA {found} does not load into this model ({reason}); it is damaged or was made for another one"
+        ) from error
     if not lora_parameters(transformer):
         raise UserError(f"LoRA {found} matches no layer of this model; it was made for another one")
 

@@ -1,8 +1,11 @@
 """Cross-attention that pays for each padding token of the text once, not hundreds of times.
 
-Wan's text embeddings are zero after the end of the text, up to 512 tokens, and the transformer attends to those zeros too. Identical
-keys and values can be merged exactly: `n` copies of one key weigh in the softmax like one copy whose logit is raised by `log n`. So a
-text of 20 tokens costs 21 keys instead of 512, and nothing changes but rounding. On small models the padded keys are half of the work.
+Wan's text embeddings are zero after the end of the text, up to 512 tokens, and the transformer attends to those zeros
+too. Identical
+keys and values can be merged exactly: `n` copies of one key weigh in the softmax like one copy whose logit is raised by
+`log n`. So a
+text of 20 tokens costs 21 keys instead of 512, and nothing changes but rounding. On small models the padded keys are
+half of the work.
 """
 
 from __future__ import annotations
@@ -18,7 +21,8 @@ from torch.nn import functional as F
 class MergedPaddingAttention:
     """Attention processor for the cross-attention layers of a `WanTransformer3DModel` (text-to-video: no image keys).
 
-    One object serves all layers. `repeats` says how many identical padding tokens the last key stands for; `length` is the number of
+    One object serves all layers. `repeats` says how many identical padding tokens the last key stands for; `length` is
+    the number of
     keys it was set for, so that a full-length text that comes by another way is attended to as usual.
     """
 
@@ -48,7 +52,9 @@ class MergedPaddingAttention:
         query = attn.norm_q(attn.to_q(hidden_states))
         key = attn.norm_k(attn.to_k(encoder_hidden_states))
         value = attn.to_v(encoder_hidden_states)
-        query, key, value = (x.unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in (query, key, value))  # (B, h, N|L, d)
+        query, key, value = (
+            x.unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in (query, key, value)
+        )  # (B, h, N|L, d)
         bias = attention_mask
         if self.repeats > 1 and encoder_hidden_states.shape[1] == self.length:
             bias = torch.zeros(1, 1, 1, self.length, dtype=query.dtype, device=query.device)

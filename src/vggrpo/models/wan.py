@@ -1,10 +1,14 @@
 """Wan text-to-video models in diffusers' `WanPipeline` format, behind the `VideoModel` protocol.
 
-One code path for the embedded model and for Wan2.1 / Wan2.2-TI2V: a directory (or hub id) with `transformer`, `vae`, `text_encoder`,
-`tokenizer` and `scheduler`. Numbers agree with the plain pipeline: timestep = 1000 t, prompts cleaned, cut and zero-padded to 512 tokens,
-latents normalised by the VAE's `latents_mean / latents_std`; the network may run in bfloat16, latents and velocities stay float32.
+One code path for the embedded model and for Wan2.1 / Wan2.2-TI2V: a directory (or hub id) with `transformer`, `vae`,
+`text_encoder`,
+`tokenizer` and `scheduler`. Numbers agree with the plain pipeline: timestep = 1000 t, prompts cleaned, cut and
+zero-padded to 512 tokens,
+latents normalised by the VAE's `latents_mean / latents_std`; the network may run in bfloat16, latents and velocities
+stay float32.
 
-Deviation: `sigmas` puts `linspace(1, 0)` through the pipeline's shift once. diffusers' UniPC starts at 0.9999990 instead of 1, and its
+Deviation: `sigmas` puts `linspace(1, 0)` through the pipeline's shift once. diffusers' UniPC starts at 0.9999990
+instead of 1, and its
 FlowMatchEuler applies a static shift twice; `solver` gives exactly those, for sampling as the plain pipeline does.
 """
 
@@ -23,7 +27,9 @@ from vggrpo.errors import UserError
 from vggrpo.models.base import LatentSpec
 from vggrpo.models.text_attention import MergedPaddingAttention
 
-MAX_TEXT_TOKENS = 512  # WanPipeline's own length; the transformer attends to the zero padding, so it is part of the model
+MAX_TEXT_TOKENS = (
+    512  # WanPipeline's own length; the transformer attends to the zero padding, so it is part of the model
+)
 NUM_TRAIN_TIMESTEPS = 1000.0
 
 
@@ -207,11 +213,14 @@ def _read_index(path: str | Path) -> dict[str, Any]:
         index = WanPipeline.load_config(str(path))
     except (OSError, ValueError) as error:
         raise UserError(
-            f"no diffusers WanPipeline at {path} ({_first_line(error)}); give a directory with model_index.json or a hub id"
+            f"no diffusers WanPipeline at {path} ({_first_line(error)}); give a directory with "
+            "model_index.json or a hub id"
         ) from error
     second = index.get("transformer_2")
     if index.get("boundary_ratio") is not None or (second and second[0] is not None):
-        raise UserError(f"{path} has two experts (transformer_2), which is not supported; use Wan2.1-T2V or Wan2.2-TI2V-5B")
+        raise UserError(
+            f"{path} has two experts (transformer_2), which is not supported; use Wan2.1-T2V or Wan2.2-TI2V-5B"
+        )
     return dict(index)
 
 
@@ -219,7 +228,9 @@ def _load_config(cls: Any, path: str | Path, subfolder: str) -> dict[str, Any]:
     try:
         return dict(cls.load_config(str(path), subfolder=subfolder))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}/{subfolder} has no readable config.json ({_first_line(error)}); copy the directory again") from error
+        raise UserError(
+            f"{path}/{subfolder} has no readable config.json ({_first_line(error)}); copy the directory again"
+        ) from error
 
 
 def _load(cls: Any, path: str | Path, subfolder: str, **options: Any) -> Any:
@@ -230,7 +241,8 @@ def _load(cls: Any, path: str | Path, subfolder: str, **options: Any) -> Any:
         return cls.from_pretrained(str(path), subfolder=subfolder, **options)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise UserError(
-            f"cannot load {subfolder} of {path}: {_first_line(error)}; the file is missing, damaged or of another model: copy it again"
+            f"cannot load {subfolder} of {path}: {_first_line(error)}; the file is missing, damaged "
+            "or of another model: copy it again"
         ) from error
 
 

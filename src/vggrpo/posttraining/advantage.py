@@ -2,7 +2,8 @@
 
     A_k = sum_r w_r (r_k - mean_group(r)) / (std(r) + eps) / sum_r w_r
 
-`mode="sum"` is what most public trainers do instead: the rewards' mean first, then one normalisation; it lets the reward with the larger
+`mode="sum"` is what most public trainers do instead: the rewards' mean first, then one normalisation; it lets the
+reward with the larger
 spread decide. A group without spread gives exactly zero, never noise over `eps`.
 """
 
@@ -39,8 +40,10 @@ def group_advantages(
         std_scope: of the group, or of all samples (the mean is the group's in both cases).
         eps: added to the standard deviation, in units of the reward.
         clip: bound on |A|, None = none.
-        valid: False where a reward could not be computed; such values have no part in mean and deviation. NaN and infinity are invalid anyway.
-        invalid: "worst" gives such a sample the group's lowest valid advantage in that reward; "drop" gives it 0 as a whole.
+        valid: False where a reward could not be computed; such values have no part in mean and deviation. NaN and
+            infinity are invalid anyway.
+        invalid: "worst" gives such a sample the group's lowest valid advantage in that reward; "drop" gives it 0 as a
+            whole.
 
     Returns:
         (N,) advantages; exactly 0 where a group has no spread.

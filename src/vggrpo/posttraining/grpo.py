@@ -1,6 +1,7 @@
 """Group-relative policy optimisation in latent space (METHOD section 3): one update, readable from top to bottom.
 
-    roll out K videos per prompt -> LGM -> rewards -> advantages within the group -> replay with gradient -> optimizer step
+    roll out K videos per prompt -> LGM -> rewards -> advantages within the group -> replay with gradient -> optimizer
+    step
 
 All randomness of update n comes from (seed, n), so a resumed run is the run that was not interrupted.
 """
@@ -33,7 +34,8 @@ logger = logging.getLogger(__name__)
 
 
 class GRPO:
-    """The state of a GRPO run beside adapter and optimizer: base travel by prompt, and how old log-probabilities are made."""
+    """The state of a GRPO run beside adapter and optimizer: base travel by prompt, and how old log-probabilities are
+    made."""
 
     def __init__(
         self,
@@ -61,7 +63,11 @@ class GRPO:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold of this object (JSON)."""
-        return {"base_travel": self.base_travel, "recompute_old": self.recompute_old, "ratio_checked": self.ratio_checked}
+        return {
+            "base_travel": self.base_travel,
+            "recompute_old": self.recompute_old,
+            "ratio_checked": self.ratio_checked,
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Put back what `state` gave."""
@@ -85,10 +91,15 @@ class GRPO:
         with watch.stage("reward"):
             scores = self._score(trajectory.latents, prompts)
         group = torch.arange(count) // group_size
-        values, valid = self.processes.gather(scores.values).cpu(), self.processes.gather(scores.valid.float()).cpu() > 0
+        values, valid = (
+            self.processes.gather(scores.values).cpu(),
+            self.processes.gather(scores.valid.float()).cpu() > 0,
+        )
         for name, ok in zip(self.config.rewards, valid, strict=True):
             if not ok.any():
-                logger.warning("update %d: the reward %s could not be computed for any sample and has no part in it", number, name)
+                logger.warning(
+                    "update %d: the reward %s could not be computed for any sample and has no part in it", number, name
+                )
         advantages = self._advantages(values, valid, group)
         active = advantages.view(-1, group_size).ne(0).any(dim=1)  # groups with any spread
         kept = active[group]
@@ -101,7 +112,9 @@ class GRPO:
             )
         watched = {name: self.processes.gather(value).cpu() for name, value in scores.watched.items()}
         metrics = _reward_metrics(self.config, values, valid, group, watched)
-        metrics["camera_travel_base"] = _mean(torch.tensor([self.base_travel.get(self.prompts[i], math.nan) for i in chosen]))
+        metrics["camera_travel_base"] = _mean(
+            torch.tensor([self.base_travel.get(self.prompts[i], math.nan) for i in chosen])
+        )
         metrics["groups/skipped"] = float((~active).sum())
         return metrics | statistics
 
@@ -211,14 +224,26 @@ class GRPO:
         )
 
     def _optimize(
-        self, number: int, trajectory: Trajectory, text: Tensor, kept: Tensor, advantages: Tensor, samples: int, watch: Stopwatch
+        self,
+        number: int,
+        trajectory: Trajectory,
+        text: Tensor,
+        kept: Tensor,
+        advantages: Tensor,
+        samples: int,
+        watch: Stopwatch,
     ) -> dict[str, float]:
-        """`inner_updates` optimizer steps on the kept samples' transitions; `samples` counts them over all processes."""
+        """`inner_updates` optimizer steps on the kept samples' transitions; `samples` counts them over all
+        processes."""
         grpo = self.config.grpo
         if samples == 0:
             return {"loss": math.nan, "grad_norm": math.nan}
         transitions = all_transitions(kept, len(trajectory.steps))
-        parts = list(inner_parts(transitions, grpo.inner_updates, grpo.inner_split, derive_seed(self.config.seed, "inner", number)))
+        parts = list(
+            inner_parts(
+                transitions, grpo.inner_updates, grpo.inner_split, derive_seed(self.config.seed, "inner", number)
+            )
+        )
         statistics, norms = ReplayStatistics(), []
         old = [self._old_log_probs(trajectory, text, part) for part in parts]
         for inner, part in enumerate(parts):
@@ -244,7 +269,8 @@ class GRPO:
         return trajectory.log_probs[part[:, 0], part[:, 1]]
 
     def _first_ratio_holds(self, result: ReplayStatistics) -> bool:
-        """Before the run's first optimizer step the ratio must be 1; if it is not, old log-probabilities get recomputed."""
+        """Before the run's first optimizer step the ratio must be 1; if it is not, old log-probabilities get
+        recomputed."""
         if self.ratio_checked:
             return True
         limit = 1e-5 if self.config.model.dtype == "float32" else self.config.grpo.clip / 10
@@ -252,7 +278,10 @@ class GRPO:
         off = result.deviation is not None and bool(result.deviation >= limit)
         if self.processes.any(off, self.model.device):
             if not self.recompute_old:
-                logger.warning("roll-out and replay differ by more than %.0e; old log-probabilities are recomputed from now on", limit)
+                logger.warning(
+                    "roll-out and replay differ by more than %.0e; old log-probabilities are recomputed from now on",
+                    limit,
+                )
             self.recompute_old = True
             return False
         self.ratio_checked = True
@@ -277,7 +306,12 @@ class GRPO:
         file = Path(self.config.output) / f"nonfinite-{number:06d}-rank{self.processes.rank}.pt"
         prompts = [self.prompts[i] for i in self._prompts_of(number)]
         torch.save(
-            {"update": number, "prompts": prompts, "adapter": lora_state(self.model.transformer), "config": self.config.model_dump(mode="json")},
+            {
+                "update": number,
+                "prompts": prompts,
+                "adapter": lora_state(self.model.transformer),
+                "config": self.config.model_dump(mode="json"),
+            },
             file,
         )
         raise UserError(

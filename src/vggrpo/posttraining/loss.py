@@ -1,6 +1,6 @@
 """The clipped policy-gradient loss and the Gaussian KL of GRPO (METHOD section 3).
 
-    J = mean min(rho A, clip(rho, 1-e, 1+e) A) - beta KL,    rho = exp(log p_new - log p_old)
+J = mean min(rho A, clip(rho, 1-e, 1+e) A) - beta KL,    rho = exp(log p_new - log p_old)
 """
 
 from __future__ import annotations
@@ -57,12 +57,14 @@ def gaussian_kl(
     *,
     mask: Bool[Tensor, ...] | None = None,
 ) -> Float[Tensor, " N"]:
-    """KL of two Gaussians with the same std, per dimension: mean over the non-batch dims of `(mu - mu_ref)^2 / (2 std^2)`.
+    """KL of two Gaussians with the same std, per dimension: mean over the non-batch dims of `(mu - mu_ref)^2 / (2
+    std^2)`.
 
     Args:
         mean: of the policy's step, with gradient.
         reference_mean: of the reference's step.
-        std: of the step (`s sqrt(-dt)`), broadcastable. Passing the diffusion coefficient `s` instead gives flow_grpo's unit.
+        std: of the step (`s sqrt(-dt)`), broadcastable. Passing the diffusion coefficient `s` instead gives flow_grpo's
+            unit.
         mask: True where the policy acts; the mean is over those dims.
     """
     divergence = (mean - reference_mean) ** 2 / (2 * std**2)

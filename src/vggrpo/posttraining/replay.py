@@ -1,4 +1,5 @@
-"""Replay: score the stochastic steps of a roll-out again, with gradient, in micro-batches over samples and steps at once."""
+"""Replay: score the stochastic steps of a roll-out again, with gradient, in micro-batches over samples and steps at
+once."""
 
 from __future__ import annotations
 
@@ -128,11 +129,15 @@ class ReplayStatistics:
         for name, value in other.sums.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
         if other.deviation is not None:
-            self.deviation = other.deviation if self.deviation is None else torch.maximum(self.deviation, other.deviation)
+            self.deviation = (
+                other.deviation if self.deviation is None else torch.maximum(self.deviation, other.deviation)
+            )
         self.count += other.count
 
 
-def _pick(trajectory: Trajectory, chosen: Int[Tensor, "M 2"], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _pick(
+    trajectory: Trajectory, chosen: Int[Tensor, "M 2"], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """States before and after, and times, of M transitions, on `device`."""
     pairs = chosen.tolist()
     x = torch.stack([trajectory.samples[w][i] for i, w in pairs]).to(device)

@@ -25,7 +25,8 @@ class Scores:
     Attributes:
         values: (R, N), NaN where invalid.
         valid: (R, N).
-        watched: quantities (N,) that are logged, NaN where unknown: `camera_travel`, `dynamic_share`, and the rewards' own terms.
+        watched: quantities (N,) that are logged, NaN where unknown: `camera_travel`, `dynamic_share`, and the rewards'
+            own terms.
     """
 
     values: Float[Tensor, "R N"]
@@ -38,7 +39,9 @@ def check_rewards(terms: Mapping[str, RewardTerm]) -> None:
     for name in terms:
         if name not in REWARDS:
             near = difflib.get_close_matches(name, REWARDS, n=1, cutoff=0.0)
-            raise UserError(f"unknown reward {name!r}; the nearest known is {near[0]!r} (there are {', '.join(REWARDS)})")
+            raise UserError(
+                f"unknown reward {name!r}; the nearest known is {near[0]!r} (there are {', '.join(REWARDS)})"
+            )
 
 
 @torch.no_grad()
@@ -62,7 +65,9 @@ def score_latents(
         micro_batch: clips per call.
     """
     parts = [
-        _score_chunk(lgm, chunk, terms, RewardContext(prompts[i * micro_batch : i * micro_batch + len(chunk)], base_travel))
+        _score_chunk(
+            lgm, chunk, terms, RewardContext(prompts[i * micro_batch : i * micro_batch + len(chunk)], base_travel)
+        )
         for i, chunk in enumerate(latents.split(micro_batch))
     ]
     return Scores(
@@ -78,7 +83,9 @@ def measure_travel(lgm: GeometryReader, latents: Float[Tensor, "N C T H W"], mic
     return torch.cat([camera_travel(lgm(chunk)) for chunk in latents.split(micro_batch)])
 
 
-def _score_chunk(lgm: GeometryReader, latents: Tensor, terms: Mapping[str, RewardTerm], context: RewardContext) -> Scores:
+def _score_chunk(
+    lgm: GeometryReader, latents: Tensor, terms: Mapping[str, RewardTerm], context: RewardContext
+) -> Scores:
     prediction = lgm(latents)
     travel = camera_travel(prediction)
     moving = prediction.dynamic_mask

@@ -1,6 +1,7 @@
 """The trainer that the algorithms share: load, resume, loop, log, checkpoint, export.
 
-A run is a directory. Running again goes on from its last whole checkpoint, bit for bit; SIGINT or SIGTERM saves at the end of the update.
+A run is a directory. Running again goes on from its last whole checkpoint, bit for bit; SIGINT or SIGTERM saves at the
+end of the update.
 """
 
 from __future__ import annotations
@@ -86,7 +87,8 @@ def train_grpo(
             run.loop(start, tracker, stop)
         except torch.cuda.OutOfMemoryError as error:
             raise UserError(
-                "out of memory: lower grpo.micro_batch and sampling.micro_batch, or set model.gradient_checkpointing: true"
+                "out of memory: lower grpo.micro_batch and sampling.micro_batch, or set "
+                "model.gradient_checkpointing: true"
             ) from error
     return output / "lora"
 
@@ -171,7 +173,11 @@ class _Run:
         self.algorithm.load_state(checkpoint.state["algorithm"])
         versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
         if versions != checkpoint.state["versions"]:
-            logger.warning("the checkpoint was made with %s, this is %s: the run goes on, but not bit for bit", checkpoint.state["versions"], versions)
+            logger.warning(
+                "the checkpoint was made with %s, this is %s: the run goes on, but not bit for bit",
+                checkpoint.state["versions"],
+                versions,
+            )
         return checkpoint.step
 
     def _gather_random_states(self) -> list[torch.Tensor]:
@@ -208,12 +214,15 @@ def _check_resume(checkpoint: Checkpoint | None, config: TrainConfig, fingerprin
     if difference is None and checkpoint.state["prompts"] != fingerprint:
         difference = "data.prompts: the prompts changed"
     if difference is not None:
-        raise UserError(f"{config.output} holds a run with another config ({difference}); undo the change or set another output=DIR")
+        raise UserError(
+            f"{config.output} holds a run with another config ({difference}); undo the change or set another output=DIR"
+        )
 
 
 @contextmanager
 def _stop_signals() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set; a second SIGINT interrupts at once. Outside of the main thread nothing is caught."""
+    """An event that SIGINT and SIGTERM set; a second SIGINT interrupts at once. Outside of the main thread nothing is
+    caught."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event

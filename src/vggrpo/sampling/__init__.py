@@ -1,29 +1,33 @@
-"""Sampling of rectified flows: the stochastic step, roll-outs of the policy, and videos to look at. Imported lazily."""
+"""Sampling of rectified flows: the stochastic step, roll-outs of the policy, and videos to look at."""
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any
 
-_HOMES = {
-    "NoiseSettings": "rollout",
-    "SDEStep": "flow_sde",
-    "Trajectory": "rollout",
-    "choose_window": "rollout",
-    "derive_seed": "seeds",
-    "generate_videos": "generate",
-    "guided_velocity": "rollout",
-    "ode_sample": "rollout",
-    "ode_step": "flow_sde",
-    "rollout": "rollout",
-    "sde_step": "flow_sde",
-    "seeded_noise": "seeds",
-}
+from vggrpo.sampling.flow_sde import SDEStep, ode_step, sde_step
+from vggrpo.sampling.rollout import NoiseSettings, Trajectory, choose_window, guided_velocity, ode_sample, rollout
+from vggrpo.sampling.seeds import derive_seed, seeded_noise
 
-__all__ = sorted(_HOMES)  # noqa: PLE0605
+__all__ = [
+    "NoiseSettings",
+    "SDEStep",
+    "Trajectory",
+    "choose_window",
+    "derive_seed",
+    "generate_videos",
+    "guided_velocity",
+    "ode_sample",
+    "ode_step",
+    "rollout",
+    "sde_step",
+    "seeded_noise",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    """`generate_videos` needs diffusers and PyAV, which a foreign trainer that only wants `sde_step` need not have."""
+    if name != "generate_videos":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    from vggrpo.sampling.generate import generate_videos
+
+    return generate_videos

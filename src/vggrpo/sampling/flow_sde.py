@@ -1,4 +1,5 @@
-"""One stochastic step of a rectified flow and its log-probability (Flow-GRPO's ODE -> SDE, equation of METHOD section 3).
+"""One stochastic step of a rectified flow and its log-probability (Flow-GRPO's ODE -> SDE, equation of METHOD section
+3).
 
 The reverse SDE with the marginals of the flow `dx = v dt` is, for any noise scale `s(t)`,
 
@@ -13,13 +14,17 @@ whose Euler-Maruyama step is Gaussian: `mean = x + drift dt`, `std = s sqrt(-dt)
 | `dance` | `s = a`; written `x + v dt + a^2/2 (x - (1-t) x0) / t^2 dt`, which is the same drift | Euler-Maruyama |
 | `cps` | `std = t_next sin(a pi / 2)` | `mean = (1-t_next) x0 + sqrt(t_next^2 - std^2) eps`, coefficient-preserving |
 
-with `x0 = x - t v`, `eps = x + (1-t) v`. `log_prob` is the **mean** over the dimensions that the policy acts on, so its scale does not
+with `x0 = x - t v`, `eps = x + (1-t) v`. `log_prob` is the **mean** over the dimensions that the policy acts on, so its
+scale does not
 depend on the video's size; `cps` leaves the normaliser out: `-(x_next - mean)^2`.
 
-Near t = 1 the scale of `flow_grpo` diverges. Above `max_t`, `t_next` stands in for `t` inside `1 - t` of the noise scale (nowhere else),
-which bounds the step's std by `a`. The default `max_t` of .999 also catches diffusers' UniPC, which starts at 0.9999990 and would give s = 695.
+Near t = 1 the scale of `flow_grpo` diverges. Above `max_t`, `t_next` stands in for `t` inside `1 - t` of the noise
+scale (nowhere else),
+which bounds the step's std by `a`. The default `max_t` of .999 also catches diffusers' UniPC, which starts at 0.9999990
+and would give s = 695.
 
-The last step (t_next = 0) adds noise that nothing removes in the Euler variants, and none in `cps`: roll-outs keep it deterministic.
+The last step (t_next = 0) adds noise that nothing removes in the Euler variants, and none in `cps`: roll-outs keep it
+deterministic.
 """
 
 from __future__ import annotations
@@ -72,7 +77,9 @@ def diffusion_scale(
         return noise_level * torch.sqrt(t / (1 - torch.where(t > limit, t_next, t)))
     if variant == "flow_grpo_wan":
         if sigma_min is None or sigma_max is None:
-            raise UserError("variant 'flow_grpo_wan' needs sigma_min and sigma_max (usual: the schedule's last and second sigma)")
+            raise UserError(
+                "variant 'flow_grpo_wan' needs sigma_min and sigma_max (usual: the schedule's last and second sigma)"
+            )
         return sigma_min + (sigma_max - sigma_min) * t
     if variant == "dance":
         return torch.full_like(t, noise_level)
@@ -106,20 +113,27 @@ def sde_step(
         variant: which noise scale and which step.
         max_t: `flow_grpo` only: above it, `t_next` stands in for `t` in `1 - t` of the noise scale.
         noise: standard normal noise to use; drawn (from `generator`) when neither it nor `next_sample` is given.
-        next_sample: score this step instead of taking one (replay); the log-probability then carries gradients to `velocity`.
-        mask: True where the policy acts, broadcastable to the sample. Elsewhere the sample is held: not moved, noised or counted.
+        next_sample: score this step instead of taking one (replay); the log-probability then carries gradients to
+            `velocity`.
+        mask: True where the policy acts, broadcastable to the sample. Elsewhere the sample is held: not moved, noised
+            or counted.
         generator: source of the noise.
         sigma_min: `flow_grpo_wan`: s at t = 0.
         sigma_max: `flow_grpo_wan`: s at t = 1.
 
     Raises:
-        UserError: for a deterministic step (no noise has no log-probability), an unknown variant, or times out of order.
+        UserError: for a deterministic step (no noise has no log-probability), an unknown variant, or times out of
+            order.
     """
     dtype = torch.promote_types(sample.dtype, torch.float32)
     sample, velocity = sample.to(dtype), velocity.to(dtype)
+    if isinstance(t, float) and isinstance(t_next, float) and not 0 <= t_next < t <= 1:
+        raise UserError(f"times must be 0 <= t_next < t <= 1, got t {t} and t_next {t_next}")
     t, t_next = _time(t, sample), _time(t_next, sample)
     if noise_level <= 0 and variant != "flow_grpo_wan":
-        raise UserError(f"noise_level must be > 0, got {noise_level}: a deterministic step has no log-probability; use ode_step")
+        raise UserError(
+            f"noise_level must be > 0, got {noise_level}: a deterministic step has no log-probability; use ode_step"
+        )
     if variant == "cps":
         std = t_next * math.sin(noise_level * math.pi / 2)
         x0, eps = sample - t * velocity, sample + (1 - t) * velocity
@@ -159,10 +173,9 @@ def ode_step(
     return moved if mask is None else torch.where(mask.to(sample.device).expand_as(sample), moved, sample)
 
 
-def _log_prob(
-    next_sample: Tensor, mean: Tensor, std: Tensor, variant: str, acts: Tensor | None
-) -> Float[Tensor, " B"]:
-    """Mean over the acted dimensions of `-(x - mean)^2 / (2 std^2) - log std - log sqrt(2 pi)` (`cps`: of `-(x - mean)^2`).
+def _log_prob(next_sample: Tensor, mean: Tensor, std: Tensor, variant: str, acts: Tensor | None) -> Float[Tensor, " B"]:
+    """Mean over the acted dimensions of `-(x - mean)^2 / (2 std^2) - log std - log sqrt(2 pi)` (`cps`: of `-(x -
+    mean)^2`).
 
     `next_sample` is data: the gradient goes to the mean alone.
     """

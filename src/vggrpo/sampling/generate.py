@@ -1,7 +1,9 @@
 """Videos from prompts with any Wan pipeline, with or without a LoRA, for people and for evaluation.
 
-The pipeline's own deterministic solver is used, so plain diffusers with `generator=torch.Generator("cpu").manual_seed(video_seed(i, s))`
-gives the same frames. The initial noise follows from the prompt's place and the seed alone: base and tuned arms form pairs.
+The pipeline's own deterministic solver is used, so plain diffusers with
+`generator=torch.Generator("cpu").manual_seed(video_seed(i, s))`
+gives the same frames. The initial noise follows from the prompt's place and the seed alone: base and tuned arms form
+pairs.
 """
 
 from __future__ import annotations
@@ -51,7 +53,8 @@ def generate_videos(
     dtype: str = "float32",
     save_latents: bool = False,
 ) -> Path:
-    """Write `OUTPUT/ARM/*.mp4` and list them in `OUTPUT/manifest.jsonl`; files that are there already are not made again.
+    """Write `OUTPUT/ARM/*.mp4` and list them in `OUTPUT/manifest.jsonl`; files that are there already are not made
+    again.
 
     Args:
         prompts: one or more.
@@ -132,12 +135,12 @@ def solve(
     solver = model.solver(num_steps)
     for timestep in solver.timesteps:
         t = (timestep.float() / 1000).expand(len(latents))
-        velocity = guided_velocity(
-            model, latents, t, text, guidance_scale=guidance_scale, negative_text=negative
-        )
+        velocity = guided_velocity(model, latents, t, text, guidance_scale=guidance_scale, negative_text=negative)
         latents = solver.step(velocity, timestep, latents, return_dict=False)[0]
     if not bool(torch.isfinite(latents).all()):
-        raise UserError("the sampled latents are not finite: the weights or the LoRA are broken, or the number format is too narrow")
+        raise UserError(
+            "the sampled latents are not finite: the weights or the LoRA are broken, or the number format is too narrow"
+        )
     return latents
 
 
@@ -180,7 +183,8 @@ def _check_settings(path: Path, settings: dict[str, Any]) -> None:
         for key, value in settings.items():
             if before.get(key) != value:
                 raise UserError(
-                    f"{path.parent} holds videos with {key} {before.get(key)!r}, not {value!r}; name another --output or --arm"
+                    f"{path.parent} holds videos with {key} {before.get(key)!r}, not {value!r}; "
+                    "name another --output or --arm"
                 )
         return
     atomic_write_json(path, settings)

@@ -1,7 +1,9 @@
 """Roll-outs: videos from the stochastic sampler, with what the policy gradient needs to score them again.
 
-Only the steps of the **window** are stochastic and trained; the others are plain Euler steps of the ODE, need no log-probability and
-keep no state. Samples that start from the same noise and prompt share everything before the window, so it is computed once for them.
+Only the steps of the **window** are stochastic and trained; the others are plain Euler steps of the ODE, need no
+log-probability and
+keep no state. Samples that start from the same noise and prompt share everything before the window, so it is computed
+once for them.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ class Trajectory:
         sigmas: the schedule, (S+1,).
         steps: indices into `sigmas` of the stochastic steps, (W,).
         samples: W tensors (B, C, T', H', W'), the state before each stochastic step.
-        next_samples: W tensors, the state after it (where steps follow each other, the same tensor as the next `samples`).
+        next_samples: W tensors, the state after it (where steps follow each other, the same tensor as the next
+            `samples`).
         log_probs: (B, W), under the policy that made them.
     """
 
@@ -60,17 +63,22 @@ def guided_velocity(
     guidance_scale: float = 1.0,
     negative_text: Float[Tensor, "1 L D"] | None = None,
 ) -> Float[Tensor, "B C T H W"]:
-    """Velocity with classifier-free guidance `v_neg + g (v - v_neg)`; `g = 1` is the plain velocity at half the cost."""
+    """Velocity with classifier-free guidance `v_neg + g (v - v_neg)`; `g = 1` is the plain velocity at half the
+    cost."""
     if guidance_scale == 1.0:
         return model.predict_velocity(latents, t, text)
     if negative_text is None:
-        raise UserError(f"guidance_scale is {guidance_scale} but no negative text was given; encode the prompt '' and pass it")
+        raise UserError(
+            f"guidance_scale is {guidance_scale} but no negative text was given; encode the prompt '' and pass it"
+        )
     both = torch.cat([text, negative_text.expand_as(text)])
     velocity, negative = model.predict_velocity(latents.repeat(2, 1, 1, 1, 1), t.repeat(2), both).chunk(2)
     return negative + guidance_scale * (velocity - negative)
 
 
-def choose_window(num_steps: int, size: int, *, kind: str = "contiguous", first: int = 0, last: int | None = None, seed: int = 0) -> tuple[int, ...]:
+def choose_window(
+    num_steps: int, size: int, *, kind: str = "contiguous", first: int = 0, last: int | None = None, seed: int = 0
+) -> tuple[int, ...]:
     """Indices of the stochastic steps.
 
     Args:
@@ -78,13 +86,15 @@ def choose_window(num_steps: int, size: int, *, kind: str = "contiguous", first:
         size: stochastic steps, at least 1.
         kind: "contiguous" (a run that starts anywhere in the range) or "random" (any subset of the range).
         first: first step that may be chosen.
-        last: last step that may be chosen; None: the last but one, because noise of the very last step is never removed.
+        last: last step that may be chosen; None: the last but one, because noise of the very last step is never
+            removed.
         seed: decides the choice.
     """
     last = num_steps - 2 if last is None else last
     if not (0 <= first <= last < num_steps - 1) or not 1 <= size <= last - first + 1:
         raise UserError(
-            f"a window of {size} steps in steps {first} to {last} of {num_steps} is impossible; the last step is always deterministic: "
+            f"a window of {size} steps in steps {first} to {last} of {num_steps} is impossible; the "
+            "last step is always deterministic: "
             f"lower sampling.window or raise sampling.num_steps"
         )
     generator = torch.Generator().manual_seed(seed)
@@ -126,7 +136,8 @@ def rollout(
         guidance_scale: 1 = none.
         negative_text: embedding for guidance.
         micro_batch: samples per network call; None = all.
-        prompt_ids: which prompt each sample has; samples of one prompt and one noise seed then share the steps before the window.
+        prompt_ids: which prompt each sample has; samples of one prompt and one noise seed then share the steps before
+            the window.
         offload: keep the kept states on the CPU.
     """
     noise = noise or NoiseSettings()

@@ -1,6 +1,7 @@
 """Random numbers that depend on what they are for, not on when or where they are drawn.
 
-Every draw of a training run has its own generator, seeded from (run seed, update, prompt, sample, ...). So a run repeats bit for bit,
+Every draw of a training run has its own generator, seeded from (run seed, update, prompt, sample, ...). So a run
+repeats bit for bit,
 resumes without replaying a stream, and gives the same samples however the batch is split over processes.
 """
 
@@ -20,8 +21,11 @@ def derive_seed(*parts: int | str) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def seeded_noise(seeds: Sequence[int], shape: Sequence[int], device: str | torch.device = "cpu") -> Float[Tensor, "B ..."]:
-    """Standard normal noise (B, *shape), one CPU generator per seed: the same on every device and for every batch split.
+def seeded_noise(
+    seeds: Sequence[int], shape: Sequence[int], device: str | torch.device = "cpu"
+) -> Float[Tensor, "B ..."]:
+    """Standard normal noise (B, *shape), one CPU generator per seed: the same on every device and for every batch
+    split.
 
     The first draw of a seed equals what diffusers makes from `generator=torch.Generator("cpu").manual_seed(seed)`.
     """

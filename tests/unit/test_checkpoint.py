@@ -1,0 +1,57 @@
+"""Checkpoints: whole or absent, newest whole one wins."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vggrpo import checkpoint
+from vggrpo.checkpoint import load_latest, save_checkpoint
+from vggrpo.errors import UserError
+
+
+def save(root, step, **options):
+    return save_checkpoint(root, step, {"x": torch.full((3,), step)}, {"note": str(step)}, **options)
+
+
+def test_round_trip_and_keep_last(tmp_path):
+    assert load_latest(tmp_path / "none") is None
+    for step in (1, 2, 3):
+        save(tmp_path, step, keep_last=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000002", "step-000003"]
+    latest = load_latest(tmp_path)
+    assert latest.step == 3 and latest.tensors["x"].tolist() == [3, 3, 3] and latest.state["note"] == "3"
+
+
+@pytest.mark.parametrize("file", ["tensors.pt", "state.json", "checksums.json"])
+def test_a_damaged_last_one_falls_back_and_says_so(tmp_path, caplog, file):
+    save(tmp_path, 1)
+    last = save(tmp_path, 2)
+    (last / file).write_bytes((last / file).read_bytes()[:-7])
+    assert load_latest(tmp_path).step == 1
+    assert "damaged" in caplog.text
+
+
+def test_all_damaged_is_an_error(tmp_path):
+    (save(tmp_path, 1) / "tensors.pt").unlink()
+    with pytest.raises(UserError, match="damaged"):
+        load_latest(tmp_path)
+
+
+def test_a_full_disk_leaves_the_old_one(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.torch, "save", full)
+    with pytest.raises(UserError, match="No space left"):
+        save(tmp_path, 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
+    assert load_latest(tmp_path).step == 1
+
+
+def test_a_crash_while_writing_is_ignored(tmp_path):
+    save(tmp_path, 1)
+    (tmp_path / ".step-000002.abc.partial").mkdir()
+    assert load_latest(tmp_path).step == 1
