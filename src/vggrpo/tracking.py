@@ -68,7 +68,7 @@ class Tracker:
 
     def _cut_after(self, start: int) -> None:
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        kept = [line for line in lines if _update_of(line) is not None and _update_of(line) < start]
+        kept = [line for line in lines if _update_of(line) < start]
         atomic_write(self.path, "".join(line + "\n" for line in kept))
 
     def _start_progress(self, total: int, start: int) -> None:
@@ -105,12 +105,12 @@ class Stopwatch:
             torch.cuda.synchronize(self._device)
 
 
-def _update_of(line: str) -> int | None:
-    """The update of a log line; None for a line that a crash cut short."""
+def _update_of(line: str) -> float:
+    """The update of a log line; infinity for a line that a crash cut short."""
     try:
         return int(json.loads(line)["update"])
     except (ValueError, KeyError, TypeError):
-        return None
+        return math.inf
 
 
 def _json_number(value: float) -> float | None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from vggrpo.config import TrainConfig
@@ -105,11 +105,8 @@ class GRPO:
         kept = active[group]
         if grpo.invalid == "drop":
             kept = kept & valid.all(dim=0)
-        local = kept[mine.start : mine.stop].nonzero().flatten()
         with watch.stage("replay"):
-            statistics = self._optimize(
-                number, trajectory, text, local, advantages[mine.start : mine.stop], int(kept.sum()), watch
-            )
+            statistics = self._optimize(number, trajectory, text, kept.nonzero().flatten(), advantages, mine, watch)
         watched = {name: self.processes.gather(value).cpu() for name, value in scores.watched.items()}
         metrics = _reward_metrics(self.config, values, valid, group, watched)
         metrics["camera_travel_base"] = _mean(
@@ -230,24 +227,23 @@ class GRPO:
         text: Tensor,
         kept: Tensor,
         advantages: Tensor,
-        samples: int,
+        mine: range,
         watch: Stopwatch,
     ) -> dict[str, float]:
-        """`inner_updates` optimizer steps on the kept samples' transitions; `samples` counts them over all
-        processes."""
+        """`inner_updates` optimizer steps on the transitions of the samples `kept` (of all processes), of which `mine`
+        are here. All processes split them alike, so that the number of processes changes nothing."""
         grpo = self.config.grpo
-        if samples == 0:
+        if len(kept) == 0:
             return {"loss": math.nan, "grad_norm": math.nan}
         transitions = all_transitions(kept, len(trajectory.steps))
-        parts = list(
-            inner_parts(
-                transitions, grpo.inner_updates, grpo.inner_split, derive_seed(self.config.seed, "inner", number)
-            )
-        )
+        seed = derive_seed(self.config.seed, "inner", number)
+        everywhere = list(inner_parts(transitions, grpo.inner_updates, grpo.inner_split, seed))
+        parts = [_local_part(part, mine) for part in everywhere]
+        advantages = advantages[mine.start : mine.stop]
         statistics, norms = ReplayStatistics(), []
         old = [self._old_log_probs(trajectory, text, part) for part in parts]
         for inner, part in enumerate(parts):
-            total = max(1, int(self.processes.sum(torch.tensor(float(len(part)), device=self.model.device))))
+            total = max(1, len(everywhere[inner]))
             result = self.replayer.backward(trajectory, text, part, old[inner], advantages, total)
             if inner == 0 and not self._first_ratio_holds(result):
                 self.optimizer.zero_grad(set_to_none=True)
@@ -329,6 +325,12 @@ class GRPO:
         deviation = statistics.deviation if statistics.deviation is not None else zero
         metrics["ratio_deviation"] = float(self.processes.gather(deviation.float().view(1)).max())
         return metrics | {"grad_norm": sum(norms) / len(norms), "learning_rate": self.optimizer.param_groups[0]["lr"]}
+
+
+def _local_part(transitions: Int[Tensor, "M 2"], mine: range) -> Int[Tensor, "P 2"]:
+    """The transitions whose sample is in `mine`, with samples counted from its start."""
+    here = (transitions[:, 0] >= mine.start) & (transitions[:, 0] < mine.stop)
+    return transitions[here] - torch.tensor([mine.start, 0])
 
 
 def _reward_metrics(

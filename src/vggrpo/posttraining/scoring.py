@@ -66,7 +66,7 @@ def score_latents(
     """
     parts = [
         _score_chunk(
-            lgm, chunk, terms, RewardContext(prompts[i * micro_batch : i * micro_batch + len(chunk)], base_travel)
+            lgm, chunk, terms, RewardContext(list(prompts)[i * micro_batch : i * micro_batch + len(chunk)], base_travel)
         )
         for i, chunk in enumerate(latents.split(micro_batch))
     ]

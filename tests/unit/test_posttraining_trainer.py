@@ -1,0 +1,268 @@
+"""The GRPO trainer on a random tiny pipeline: golden numbers, bit-exact repeat and resume, guards.
+
+`python tests/unit/test_posttraining_trainer.py` writes the golden numbers anew.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import pytest
+import torch
+from fake_lgm import fake_lgm
+from safetensors.torch import load_file
+from tiny_wan import save_tiny_wan
+
+from vggrpo.checkpoint import load_latest
+from vggrpo.config import load_config
+from vggrpo.errors import UserError
+from vggrpo.geometry import GeometryPrediction
+from vggrpo.posttraining import train_grpo
+from vggrpo.posttraining.grpo import GRPO
+from vggrpo.posttraining.replay import Replayer, all_transitions, inner_parts
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "grpo_losses.json"
+GOLDEN_KEYS = ("reward/camera_motion_smoothness", "camera_travel", "camera_travel_base", "grad_norm", "kl")
+PROMPTS = ["a red box", "the sphere rolls", "blue box"]
+
+
+def config_for(pipeline, output, overrides=(), **changes):
+    values = {
+        "output": str(output),
+        "updates": 2,
+        "save_every": 1,
+        "model": {"path": str(pipeline)},
+        "data": {"num_frames": 13, "height": 32, "width": 32},
+        "sampling": {"num_steps": 4, "window": 2},
+        "rewards": {"camera_motion_smoothness": 1, "geometry_reprojection_consistency": 1, "camera_motion_hinge": 0.5},
+        "grpo": {"prompts_per_update": 2, "samples_per_prompt": 4, "micro_batch": 6, "inner_updates": 2},
+        "lora": {"rank": 2},
+        "optim": {"learning_rate": 1e-3},
+    }
+    return load_config(values | changes, overrides)
+
+
+def train(pipeline, output, overrides=(), lgm=fake_lgm, **changes):
+    return train_grpo(config_for(pipeline, output, overrides, **changes), lgm=lgm, prompts=PROMPTS, progress=False)
+
+
+def rows(output):
+    lines = [json.loads(line) for line in (Path(output) / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if not key.startswith("seconds/")} for row in lines]
+
+
+def adapter(output):
+    return load_file(Path(output) / "lora" / "pytorch_lora_weights.safetensors")
+
+
+def assert_same_run(one, two):
+    assert rows(one) == rows(two)
+    first, second = adapter(one), adapter(two)
+    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+    states = [load_latest(Path(path) / "checkpoints").tensors["optimizer"]["state"] for path in (one, two)]
+    for index, moments in states[0].items():
+        assert all(torch.equal(moments[key], states[1][index][key]) for key in moments)
+
+
+@pytest.fixture(scope="module")
+def two_updates(tiny_wan_dir, tmp_path_factory):
+    output = tmp_path_factory.mktemp("two")
+    train(tiny_wan_dir, output)
+    return output
+
+
+def test_golden_numbers(two_updates):
+    golden = json.loads(GOLDEN.read_text())
+    for row, expected in zip(rows(two_updates), golden, strict=True):
+        for key, value in expected.items():
+            assert row[key] == pytest.approx(value, rel=0.02, abs=1e-9), key
+
+
+def test_what_a_run_leaves(two_updates, tiny_wan_dir):
+    from diffusers import WanPipeline
+
+    log = rows(two_updates)
+    assert [row["update"] for row in log] == [0, 1]
+    assert log[0]["ratio_deviation"] < 0.05 and log[0]["grad_norm"] > 0
+    assert log[0]["group_std/camera_motion_smoothness"] > 0 and log[0]["groups/skipped"] == 0
+    assert any(value.any() for key, value in adapter(two_updates).items() if "lora_B" in key)
+    assert list((two_updates / "tensorboard").iterdir()) and (two_updates / "config.yaml").is_file()
+    pipe = WanPipeline.from_pretrained(str(tiny_wan_dir))
+    pipe.load_lora_weights(str(two_updates / "lora"))
+    names = [name for name, _ in pipe.transformer.named_parameters() if "lora_B" in name]
+    assert len(names) == len(adapter(two_updates)) // 2
+
+
+def test_repeats_bit_for_bit(two_updates, tiny_wan_dir, tmp_path):
+    train(tiny_wan_dir, tmp_path)
+    assert_same_run(two_updates, tmp_path)
+
+
+def test_four_updates_equal_two_and_two(tiny_wan_dir, tmp_path):
+    train(tiny_wan_dir, tmp_path / "whole", updates=4)
+    train(tiny_wan_dir, tmp_path / "parts", updates=2)
+    train(tiny_wan_dir, tmp_path / "parts", updates=4)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    before = (tmp_path / "parts" / "log.jsonl").read_text()
+    train(tiny_wan_dir, tmp_path / "parts", updates=4)  # finished: nothing is done again
+    assert (tmp_path / "parts" / "log.jsonl").read_text() == before
+
+
+def test_a_damaged_checkpoint_costs_one_update(tiny_wan_dir, two_updates, tmp_path):
+    train(tiny_wan_dir, tmp_path)
+    last = tmp_path / "checkpoints" / "step-000002"
+    (last / "tensors.pt").write_bytes(b"")
+    train(tiny_wan_dir, tmp_path)
+    assert_same_run(two_updates, tmp_path)
+
+
+def test_a_signal_saves_at_the_end_of_the_update(tiny_wan_dir, tmp_path):
+    handler = signal.getsignal(signal.SIGTERM)
+    calls = []
+
+    def lgm(latents):
+        if not calls:
+            os.kill(os.getpid(), signal.SIGTERM)
+        calls.append(1)
+        return fake_lgm(latents)
+
+    with pytest.raises(KeyboardInterrupt, match="run again"):
+        train(tiny_wan_dir, tmp_path / "parts", updates=3, save_every=100, lgm=lgm)
+    assert load_latest(tmp_path / "parts" / "checkpoints").step == 1
+    assert signal.getsignal(signal.SIGTERM) is handler
+    train(tiny_wan_dir, tmp_path / "parts", updates=3, save_every=100)
+    train(tiny_wan_dir, tmp_path / "whole", updates=3, save_every=100)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_another_config_does_not_resume(two_updates, tiny_wan_dir):
+    with pytest.raises(UserError, match=r"optim\.learning_rate: was 0\.001, is 0\.5"):
+        train(tiny_wan_dir, two_updates, ["optim.learning_rate=0.5"])
+    config = config_for(tiny_wan_dir, two_updates)
+    with pytest.raises(UserError, match="prompts"):
+        train_grpo(config, lgm=fake_lgm, prompts=["another"], progress=False)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("lora.targets=[to_quack]", "match no linear layer.*to_q"),
+        ("data.num_frames=12", "nearest is 13"),
+        ("data.height=20", "multiple of 16"),
+        ("rewards={smoothness: 1}", "camera_motion_smoothness"),
+        ("model.device=quantum", "no device"),
+        ("model.path=/nowhere", "WanPipeline"),
+    ],
+)
+def test_bad_input_is_a_user_error(tiny_wan_dir, tmp_path, override, message):
+    with pytest.raises(UserError, match=message):
+        train(tiny_wan_dir, tmp_path, [override])
+    assert not (tmp_path / "log.jsonl").exists()
+
+
+def test_groups_without_spread_are_counted_and_change_nothing(tiny_wan_dir, tmp_path):
+    def constant(latents):
+        return fake_lgm(torch.zeros_like(latents) + torch.linspace(0, 1, latents.shape[2]).view(1, 1, -1, 1, 1))
+
+    train(tiny_wan_dir, tmp_path, lgm=constant, updates=1)
+    assert rows(tmp_path)[0]["groups/skipped"] == 2
+    assert not any(value.any() for key, value in adapter(tmp_path).items() if "lora_B" in key)
+
+
+@pytest.mark.parametrize("invalid", ["worst", "drop"])
+def test_invalid_samples_are_counted(tiny_wan_dir, tmp_path, invalid):
+    def broken(latents) -> GeometryPrediction:
+        prediction = fake_lgm(latents)
+        prediction.depth[0] = torch.nan
+        return prediction
+
+    train(tiny_wan_dir, tmp_path, [f"grpo.invalid={invalid}"], lgm=broken, updates=1)
+    row = rows(tmp_path)[0]
+    assert row["samples/invalid"] == 1 and row["grad_norm"] > 0
+
+
+def test_a_non_finite_loss_stops_before_the_optimizer(tiny_wan_dir, tmp_path, monkeypatch):
+    train(tiny_wan_dir, tmp_path, updates=1)
+    before = adapter(tmp_path)
+    monkeypatch.setattr(GRPO, "_advantages", lambda self, values, valid, group: torch.full((8,), torch.nan))
+    with pytest.raises(UserError, match="not finite in update 1"):
+        train(tiny_wan_dir, tmp_path)
+    saved = torch.load(tmp_path / "nonfinite-000001-rank0.pt", weights_only=True)
+    assert saved["update"] == 1 and len(saved["prompts"]) == 2
+    assert all(torch.equal(before[key], value) for key, value in adapter(tmp_path).items())
+
+
+def test_a_ratio_off_one_is_recomputed_and_said(tiny_wan_dir, tmp_path, monkeypatch, caplog):
+    old = GRPO._rollout
+
+    def shifted(self, *arguments):
+        trajectory = old(self, *arguments)
+        trajectory.log_probs.add_(1e-3)
+        return trajectory
+
+    monkeypatch.setattr(GRPO, "_rollout", shifted)
+    train(tiny_wan_dir, tmp_path, ["grpo.inner_updates=1"])
+    assert "recomputed" in caplog.text
+    assert all(row["ratio_deviation"] < 1e-5 for row in rows(tmp_path))
+
+
+def test_out_of_memory_names_the_settings(tiny_wan_dir, tmp_path, monkeypatch):
+    def full(self, *arguments):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Replayer, "backward", full)
+    with pytest.raises(UserError, match=r"grpo\.micro_batch"):
+        train(tiny_wan_dir, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "sampling.variant=dance",
+        "sampling.variant=cps",
+        "grpo.kl_unit=diffusion",
+        "grpo.kl=0",
+        "sampling.shared_noise=true",
+        "sampling.guidance_scale=2",
+        "model.gradient_checkpointing=true",
+        "model.dtype=bfloat16",
+        "grpo.mode=sum",
+        "grpo.inner_split=false",
+        "sampling.window_kind=random",
+        "sampling.offload=true",
+    ],
+)
+def test_options_run(tiny_wan_dir, tmp_path, override):
+    train(tiny_wan_dir, tmp_path, [override], updates=1)
+    assert rows(tmp_path)[0]["grad_norm"] > 0
+
+
+def test_micro_batches_do_not_change_the_gradient(tiny_wan_dir, tmp_path):
+    """Nor do those of roll-out and reward; the second update has B off zero, so KL and ratio count."""
+    for name, override in (("a", "grpo.micro_batch=64"), ("b", "grpo.micro_batch=3"), ("c", "lgm.micro_batch=3")):
+        train(tiny_wan_dir, tmp_path / name, [override, "sampling.micro_batch=5", "grpo.inner_updates=1"])
+    norms = [[row["grad_norm"] for row in rows(tmp_path / name)] for name in "abc"]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-3) and norms[2] == pytest.approx(norms[0], rel=1e-3)
+
+
+def test_inner_parts_cover_everything_once():
+    transitions = all_transitions(torch.tensor([1, 3, 4]), 3)
+    assert transitions.shape == (9, 2)
+    parts = list(inner_parts(transitions, 2, True, seed=0))
+    assert sorted(map(tuple, torch.cat(parts).tolist())) == sorted(map(tuple, transitions.tolist()))
+    assert [len(part) for part in inner_parts(transitions, 2, False, seed=0)] == [9, 9]
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        train(save_tiny_wan(Path(folder) / "wan"), Path(folder) / "run")
+        kept = [{key: row[key] for key in GOLDEN_KEYS} for row in rows(Path(folder) / "run")]
+    GOLDEN.write_text(json.dumps(kept, indent=1) + "\n")
