@@ -19,5 +19,7 @@ def path(name: str) -> Path:
         raise UserError(f"no embedded model called {name!r}; there are {', '.join(NAMES)}")
     directory = Path(__file__).parent / "tiny" / name
     if not directory.is_dir():
-        raise UserError(f"the embedded model {name!r} is missing from {directory}; reinstall vggrpo or run `vggrpo world pretrain {name}`")
+        raise UserError(
+            f"the embedded model {name!r} is missing from {directory}; reinstall vggrpo or run `vggrpo world pretrain {name}`"
+        )
     return directory

@@ -12,7 +12,9 @@ KERNEL, PADDING = 5, 2
 ViewRate = Literal["latent", "frame"]
 
 
-def at_view_rate(latents: Float[Tensor, "B C T H W"], view_rate: ViewRate, temporal_stride: int) -> Float[Tensor, "B C S H W"]:
+def at_view_rate(
+    latents: Float[Tensor, "B C T H W"], view_rate: ViewRate, temporal_stride: int
+) -> Float[Tensor, "B C S H W"]:
     """One latent a view: the latent frames themselves, or interpolated in time to one per RGB frame.
 
     A video VAE encodes frame 0 alone and then groups of `temporal_stride`, so latent frame k ends at RGB frame k * stride.

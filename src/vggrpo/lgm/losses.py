@@ -18,8 +18,18 @@ from vggrpo.geometry.se3 import invert_se3, rotation_angle
 
 # Relative depth error at which confidence is 1/e.
 CONF_SCALE = 0.05
-WEIGHTS = {"depth": 1.0, "slope": 0.5, "translation": 2.0, "rotation": 2.0, "focal": 0.5, "points": 0.5, "conf": 0.05, "flow": 1.0,
-           "dynamic": 0.05, "subject": 0.05}
+WEIGHTS = {
+    "depth": 1.0,
+    "slope": 0.5,
+    "translation": 2.0,
+    "rotation": 2.0,
+    "focal": 0.5,
+    "points": 0.5,
+    "conf": 0.05,
+    "flow": 1.0,
+    "dynamic": 0.05,
+    "subject": 0.05,
+}
 
 
 def unit_depth(geometry: GeometryPrediction) -> GeometryPrediction:
@@ -29,7 +39,13 @@ def unit_depth(geometry: GeometryPrediction) -> GeometryPrediction:
     cam2world = geometry.cam2world.clone()
     cam2world[..., :3, 3] = cam2world[..., :3, 3] / scale[:, None, None]
     flow = None if geometry.scene_flow is None else geometry.scene_flow / maps[..., None]
-    return replace(geometry, cam2world=cam2world, depth=geometry.depth / maps, points=geometry.points / maps[..., None], scene_flow=flow)
+    return replace(
+        geometry,
+        cam2world=cam2world,
+        depth=geometry.depth / maps,
+        points=geometry.points / maps[..., None],
+        scene_flow=flow,
+    )
 
 
 def relative_poses(cam2world: Float[Tensor, "B S 4 4"]) -> Float[Tensor, "B P 4 4"]:
@@ -38,8 +54,12 @@ def relative_poses(cam2world: Float[Tensor, "B S 4 4"]) -> Float[Tensor, "B P 4 
     return invert_se3(cam2world)[:, i] @ cam2world[:, j]
 
 
-def geometry_loss(prediction: GeometryPrediction, raw: dict[str, Tensor], target: GeometryPrediction,
-                  weights: dict[str, float] = WEIGHTS) -> tuple[Tensor, dict[str, float]]:
+def geometry_loss(
+    prediction: GeometryPrediction,
+    raw: dict[str, Tensor],
+    target: GeometryPrediction,
+    weights: dict[str, float] = WEIGHTS,
+) -> tuple[Tensor, dict[str, float]]:
     """Weighted sum of L1-like losses, one a head, and each for the log.
 
     Args:
@@ -51,13 +71,21 @@ def geometry_loss(prediction: GeometryPrediction, raw: dict[str, Tensor], target
     error = log_ratio.abs()
     rel, want = relative_poses(prediction.cam2world), relative_poses(target.cam2world)
     turn = want[..., :3, :3].transpose(-1, -2) @ rel[..., :3, :3]
-    axis = torch.stack([turn[..., 2, 1] - turn[..., 1, 2], turn[..., 0, 2] - turn[..., 2, 0], turn[..., 1, 0] - turn[..., 0, 1]], -1) / 2
+    axis = (
+        torch.stack(
+            [turn[..., 2, 1] - turn[..., 1, 2], turn[..., 0, 2] - turn[..., 2, 0], turn[..., 1, 0] - turn[..., 0, 1]],
+            -1,
+        )
+        / 2
+    )
     parts = {
         "depth": error.mean(),
         "slope": log_ratio.diff(dim=-1).abs().mean() + log_ratio.diff(dim=-2).abs().mean(),
         "translation": (rel[..., :3, 3] - want[..., :3, 3]).abs().sum(-1).mean(),
         "rotation": axis.abs().sum(-1).mean(),
-        "focal": (prediction.intrinsics[..., [0, 1], [0, 1]].log() - target.intrinsics[..., [0, 1], [0, 1]].log()).abs().mean(),
+        "focal": (prediction.intrinsics[..., [0, 1], [0, 1]].log() - target.intrinsics[..., [0, 1], [0, 1]].log())
+        .abs()
+        .mean(),
         "points": ((prediction.points - target.points).norm(dim=-1) / depth).mean(),
         "conf": F.binary_cross_entropy_with_logits(raw["conf_logit"], torch.exp(-error.detach() / CONF_SCALE)),
     }

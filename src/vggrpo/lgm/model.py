@@ -33,7 +33,9 @@ class LGMConfig(BaseModel):
     vae: str = Field(description="name of the VAE whose latents it reads")
     latent_channels: int = Field(ge=1)
     temporal_stride: int = Field(4, ge=1, description="RGB frames a latent frame")
-    layer: int = Field(0, ge=0, description="stitch point: the connector's tokens take the place of this layer's output")
+    layer: int = Field(
+        0, ge=0, description="stitch point: the connector's tokens take the place of this layer's output"
+    )
     stride: int = Field(1, ge=1, description="spatial stride of the connector")
     view_rate: ViewRate = "latent"
     lora_rank: int = Field(64, ge=0, description="0: no LoRA, the connector alone is trained")
@@ -68,7 +70,9 @@ class LatentGeometryModel(nn.Module):
         b, _, s, h, w = x.shape
         patches = x.flatten(3).permute(0, 2, 3, 1)  # (B, S, h w, D)
         special = torch.cat([self.special[:1], self.special[1:].expand(s - 1, -1, -1)]).to(patches.dtype)
-        prediction, raw = self.geometry.resume_raw(torch.cat([special.expand(b, -1, -1, -1), patches], 2), self.config.layer, (h, w))
+        prediction, raw = self.geometry.resume_raw(
+            torch.cat([special.expand(b, -1, -1, -1), patches], 2), self.config.layer, (h, w)
+        )
         step = self.config.temporal_stride if self.config.view_rate == "latent" else 1
         prediction.frame_index = torch.arange(s, device=latents.device) * step
         return prediction, raw
@@ -77,7 +81,9 @@ class LatentGeometryModel(nn.Module):
         """Freeze the geometry model and put a trainable LoRA on its layers after the stitch point."""
         self.geometry.requires_grad_(False)
         if self.config.lora_rank:
-            lora = LoraConfig(r=self.config.lora_rank, lora_alpha=self.config.lora_alpha, target_modules=self.geometry.lora_targets())
+            lora = LoraConfig(
+                r=self.config.lora_rank, lora_alpha=self.config.lora_alpha, target_modules=self.geometry.lora_targets()
+            )
             inject_adapter_in_model(lora, self.geometry)
 
     def merge_lora(self) -> None:
@@ -93,7 +99,9 @@ class LatentGeometryModel(nn.Module):
         state = {f"connector.{k}": v for k, v in self.connector.state_dict().items()} | {"special": self.special}
         if self.config.lora_rank:
             state |= {f"lora.{k}": v for k, v in get_peft_model_state_dict(self.geometry).items()}
-        (directory / "config.json").write_text(json.dumps({"model_type": "latent_geometry_model"} | self.config.model_dump(), indent=2) + "\n")
+        (directory / "config.json").write_text(
+            json.dumps({"model_type": "latent_geometry_model"} | self.config.model_dump(), indent=2) + "\n"
+        )
         save_file({k: v.detach().to(dtype).contiguous() for k, v in state.items()}, directory / "model.safetensors")
 
     @classmethod
@@ -110,21 +118,29 @@ class LatentGeometryModel(nn.Module):
             config = LGMConfig(**values)
             state = load_file(directory / "model.safetensors")
         except FileNotFoundError as error:
-            raise UserError(f"no latent geometry model in {directory}: it needs config.json and model.safetensors; make one with `vggrpo train-lgm`") from error
+            raise UserError(
+                f"no latent geometry model in {directory}: it needs config.json and model.safetensors; make one with `vggrpo train-lgm`"
+            ) from error
         except Exception as error:
-            raise UserError(f"the latent geometry model in {directory} cannot be read: {str(error).splitlines()[0]}; copy or train it again") from error
+            raise UserError(
+                f"the latent geometry model in {directory} cannot be read: {str(error).splitlines()[0]}; copy or train it again"
+            ) from error
         model = cls(config, VGGT.from_pretrained(directory / config.geometry))
         model.add_lora()
         try:
             model.load_state_dict_parts({k: v.float() for k, v in state.items()})
         except (KeyError, RuntimeError) as error:
-            raise UserError(f"the weights in {directory} do not fit its config: {str(error).splitlines()[0]}; copy or train it again") from error
+            raise UserError(
+                f"the weights in {directory} do not fit its config: {str(error).splitlines()[0]}; copy or train it again"
+            ) from error
         model.merge_lora()
         return model.requires_grad_(False).eval()
 
     def load_state_dict_parts(self, state: dict[str, Tensor]) -> None:
         """Connector, special tokens and LoRA from one flat dict, as `save_pretrained` writes it."""
-        self.connector.load_state_dict({k.removeprefix("connector."): v for k, v in state.items() if k.startswith("connector.")})
+        self.connector.load_state_dict(
+            {k.removeprefix("connector."): v for k, v in state.items() if k.startswith("connector.")}
+        )
         self.special.copy_(state["special"])
         if self.config.lora_rank:
             lora = {k.removeprefix("lora."): v for k, v in state.items() if k.startswith("lora.")}
@@ -134,6 +150,8 @@ class LatentGeometryModel(nn.Module):
 
     def _check(self, latents: Tensor) -> None:
         if latents.ndim != 5 or latents.shape[1] != self.config.latent_channels:
-            raise UserError(f"latents of shape (B, {self.config.latent_channels}, T, H, W) of the VAE {self.config.vae!r} are needed, got {tuple(latents.shape)}")
+            raise UserError(
+                f"latents of shape (B, {self.config.latent_channels}, T, H, W) of the VAE {self.config.vae!r} are needed, got {tuple(latents.shape)}"
+            )
         if not torch.isfinite(latents).all():
             raise UserError("latents hold NaN or infinity; check the sampler or the file that they come from")

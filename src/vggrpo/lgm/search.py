@@ -52,8 +52,14 @@ def neighbourhoods(latents: Float[Tensor, "B C S H W"], stride: int) -> Float[Te
 
 
 @torch.no_grad()
-def search_layers(geometry: VGGT, train: Iterable[Pair], heldout: Iterable[Pair], stride: int, layers: list[int] | None = None,
-                  ridge: float = 1e-3) -> list[StitchFit]:
+def search_layers(
+    geometry: VGGT,
+    train: Iterable[Pair],
+    heldout: Iterable[Pair],
+    stride: int,
+    layers: list[int] | None = None,
+    ridge: float = 1e-3,
+) -> list[StitchFit]:
     """Fit every layer of `layers` (default: all stitch points) and score it on held-out clips; best R^2 first.
 
     Args:
@@ -81,7 +87,9 @@ def search_layers(geometry: VGGT, train: Iterable[Pair], heldout: Iterable[Pair]
     return sorted(fits, key=lambda fit: -fit.r2)
 
 
-def _targets(geometry: VGGT, frames: Tensor, layers: list[int]) -> tuple[Float[Tensor, "N sumD"], Float[Tensor, "L 2 M D"]]:
+def _targets(
+    geometry: VGGT, frames: Tensor, layers: list[int]
+) -> tuple[Float[Tensor, "N sumD"], Float[Tensor, "L 2 M D"]]:
     """Patch tokens of all layers side by side, and the mean special tokens of each layer."""
     count = geometry.special_tokens(0).shape[1]
     tapped = [geometry.tap(frames, layer) for layer in layers]
@@ -90,14 +98,20 @@ def _targets(geometry: VGGT, frames: Tensor, layers: list[int]) -> tuple[Float[T
     return patches, special
 
 
-def _held_out_r2(geometry: VGGT, pairs: Iterable[Pair], layers: list[int], stride: int, solution: Tensor) -> list[float]:
+def _held_out_r2(
+    geometry: VGGT, pairs: Iterable[Pair], layers: list[int], stride: int, solution: Tensor
+) -> list[float]:
     """1 - residual / variance over held-out tokens, one number a layer."""
     residual = total = first = 0.0
     rows_seen = 0
     for latents, frames in pairs:
         tokens, _ = _targets(geometry, frames, layers)
         residual = residual + (tokens - neighbourhoods(latents, stride) @ solution).double().square().sum(0)
-        total, first, rows_seen = total + tokens.double().square().sum(0), first + tokens.double().sum(0), rows_seen + len(tokens)
+        total, first, rows_seen = (
+            total + tokens.double().square().sum(0),
+            first + tokens.double().sum(0),
+            rows_seen + len(tokens),
+        )
     variance = total - first.square() / rows_seen
     dims = [geometry.embed_dim(layer) for layer in layers]
     return [1 - (r.sum() / v.sum()).item() for r, v in zip(residual.split(dims), variance.split(dims), strict=True)]

@@ -33,7 +33,9 @@ class AttributeClassifier(nn.Module):
         self.labels, self.width = list(labels), width
         sizes = [3, width, 2 * width, 3 * width, 4 * width]
         strides = [(1, 2, 2), (1, 2, 2), (2, 2, 2), (2, 2, 2)]
-        self.convs = nn.ModuleList(nn.Conv3d(a, b, 3, s, 1) for a, b, s in zip(sizes[:-1], sizes[1:], strides, strict=True))
+        self.convs = nn.ModuleList(
+            nn.Conv3d(a, b, 3, s, 1) for a, b, s in zip(sizes[:-1], sizes[1:], strides, strict=True)
+        )
         self.norms = nn.ModuleList(nn.GroupNorm(8, b) for b in sizes[1:])
         self.mix = nn.Linear(4 * width * 16, 128)
         self.head = nn.Linear(128, len(self.labels))
@@ -81,7 +83,9 @@ class AttributeClassifier(nn.Module):
             model = cls(config["labels"], config["width"])
             model.load_state_dict({k: v.float() for k, v in load_file(directory / "model.safetensors").items()})
         except Exception as error:
-            raise UserError(f"the attribute classifier in {directory} cannot be loaded: {str(error).splitlines()[0]}; reinstall or train it again") from error
+            raise UserError(
+                f"the attribute classifier in {directory} cannot be loaded: {str(error).splitlines()[0]}; reinstall or train it again"
+            ) from error
         return model.requires_grad_(False).eval()
 
 

@@ -41,7 +41,9 @@ class VGGTConfig(BaseModel):
     conv_layers: int = Field(3, ge=0, description="residual 3D convolutions before attention")
     pairs: int = Field(4, ge=1, description="pairs of frame and global attention blocks")
     registers: int = Field(2, ge=0, description="register tokens a view")
-    patch_embed: Literal["conv", "patch"] = Field("conv", description="stem: strided convolutions, or one linear map a patch")
+    patch_embed: Literal["conv", "patch"] = Field(
+        "conv", description="stem: strided convolutions, or one linear map a patch"
+    )
     patch: int = Field(8, ge=2, description="pixels a token")
     mlp_ratio: float = Field(3.0, gt=0)
     rope_base: float = Field(100.0, gt=1)
@@ -117,7 +119,9 @@ class VGGT(nn.Module):
         grid = (frames.shape[-2] // self.config.patch, frames.shape[-1] // self.config.patch)
         return self.resume_raw(self.tap(frames, 0), 0, grid)
 
-    def resume_raw(self, tokens: Float[Tensor, "B S N D"], layer: int, grid: tuple[int, int]) -> tuple[GeometryPrediction, dict[str, Tensor]]:
+    def resume_raw(
+        self, tokens: Float[Tensor, "B S N D"], layer: int, grid: tuple[int, int]
+    ) -> tuple[GeometryPrediction, dict[str, Tensor]]:
         """`resume` with the raw outputs: `conf_logit`, `dynamic_logit`, `subject_logit` (B, S, H, W)."""
         b, s = tokens.shape[:2]
         special = 1 + self.config.registers
@@ -140,7 +144,9 @@ class VGGT(nn.Module):
         """Attention within each view, then across all views; tokens (B, S, N, D)."""
         b, s, n, d = tokens.shape
         head_dim = d // self.config.heads
-        cos, sin = (x.to(tokens.device) for x in rope_tables(grid, n - grid[0] * grid[1], head_dim, self.config.rope_base))
+        cos, sin = (
+            x.to(tokens.device) for x in rope_tables(grid, n - grid[0] * grid[1], head_dim, self.config.rope_base)
+        )
         tokens = self.frame_blocks[pair](tokens.reshape(b * s, n, d), (cos, sin)).view(b, s, n, d)
         every = (cos.repeat(s, 1), sin.repeat(s, 1))
         return self.global_blocks[pair](tokens.reshape(b, s * n, d), every).view(b, s, n, d)
@@ -164,12 +170,22 @@ class VGGT(nn.Module):
         depth = 1 / (F.softplus(dense[:, :, _INVERSE_DEPTH] + 0.5413) + 1e-3)
         flow = (_FLOW_SCALE * dense[:, :, _FLOW]).permute(0, 1, 3, 4, 2)
         flow = torch.cat([flow[:, :-1], torch.zeros_like(flow[:, -1:])], 1)
-        raw = {"conf_logit": dense[:, :, _CONF], "dynamic_logit": dense[:, :, _DYNAMIC], "subject_logit": dense[:, :, _SUBJECT]}
+        raw = {
+            "conf_logit": dense[:, :, _CONF],
+            "dynamic_logit": dense[:, :, _DYNAMIC],
+            "subject_logit": dense[:, :, _SUBJECT],
+        }
         level = self.config.dynamic_threshold
         prediction = GeometryPrediction.from_depth(
-            cam2world, intrinsics, depth, conf=torch.sigmoid(raw["conf_logit"]), scene_flow=flow,
-            dynamic_mask=torch.sigmoid(raw["dynamic_logit"]) > level, subject_mask=torch.sigmoid(raw["subject_logit"]) > level,
-            frame_index=torch.arange(depth.shape[1], device=depth.device) * self.config.frame_stride)
+            cam2world,
+            intrinsics,
+            depth,
+            conf=torch.sigmoid(raw["conf_logit"]),
+            scene_flow=flow,
+            dynamic_mask=torch.sigmoid(raw["dynamic_logit"]) > level,
+            subject_mask=torch.sigmoid(raw["subject_logit"]) > level,
+            frame_index=torch.arange(depth.shape[1], device=depth.device) * self.config.frame_stride,
+        )
         return prediction, raw
 
     def _check_frames(self, frames: Tensor) -> None:
@@ -177,7 +193,9 @@ class VGGT(nn.Module):
             raise ValueError(f"frames: expected shape (B, S, 3, H, W), got {tuple(frames.shape)}")
         patch = self.config.patch
         if frames.shape[-1] % patch or frames.shape[-2] % patch:
-            raise UserError(f"frames of {frames.shape[-2]}x{frames.shape[-1]} pixels do not divide into patches of {patch}; resize them")
+            raise UserError(
+                f"frames of {frames.shape[-2]}x{frames.shape[-1]} pixels do not divide into patches of {patch}; resize them"
+            )
 
     # --- files ------------------------------------------------------------------------------------------------------------
 
@@ -185,7 +203,9 @@ class VGGT(nn.Module):
         """Write `config.json` and `model.safetensors`."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "config.json").write_text(json.dumps({"model_type": "vggt"} | self.config.model_dump(), indent=2) + "\n")
+        (directory / "config.json").write_text(
+            json.dumps({"model_type": "vggt"} | self.config.model_dump(), indent=2) + "\n"
+        )
         save_file({k: v.contiguous() for k, v in self.state_dict().items()}, directory / "model.safetensors")
 
     @classmethod
@@ -202,19 +222,33 @@ class VGGT(nn.Module):
             model = cls(VGGTConfig(**config))
             model.load_state_dict(load_file(directory / "model.safetensors"))
         except FileNotFoundError as error:
-            raise UserError(f"no geometry model in {directory}: {Path(error.filename or 'model.safetensors').name} is missing") from error
+            raise UserError(
+                f"no geometry model in {directory}: {Path(error.filename or 'model.safetensors').name} is missing"
+            ) from error
         except Exception as error:
-            raise UserError(f"the geometry model in {directory} cannot be loaded: {str(error).splitlines()[0]}; download or train it again") from error
+            raise UserError(
+                f"the geometry model in {directory} cannot be loaded: {str(error).splitlines()[0]}; download or train it again"
+            ) from error
         return model.eval()
 
 
 def decode_extrinsics(pose: Float[Tensor, "B S 9"]) -> Float[Tensor, "B S 4 4"]:
     """world2cam from VGGT's pose encoding: translation (3), quaternion xyzw around the identity (4), fields of view (2)."""
     x, y, z, w = F.normalize(pose[..., 3:7] + pose.new_tensor([0.0, 0.0, 0.0, 1.0]), dim=-1).unbind(-1)
-    rotation = torch.stack([
-        1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w),
-        2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w),
-        2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)], -1).unflatten(-1, (3, 3))
+    rotation = torch.stack(
+        [
+            1 - 2 * (y * y + z * z),
+            2 * (x * y - z * w),
+            2 * (x * z + y * w),
+            2 * (x * y + z * w),
+            1 - 2 * (x * x + z * z),
+            2 * (y * z - x * w),
+            2 * (x * z - y * w),
+            2 * (y * z + x * w),
+            1 - 2 * (x * x + y * y),
+        ],
+        -1,
+    ).unflatten(-1, (3, 3))
     top = torch.cat([rotation, pose[..., :3, None]], -1)
     bottom = pose.new_tensor([0.0, 0.0, 0.0, 1.0]).expand(*pose.shape[:-1], 1, 4)
     return torch.cat([top, bottom], -2)

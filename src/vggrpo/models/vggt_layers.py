@@ -35,7 +35,9 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos.to(x) + turned * sin.to(x)
 
 
-def attend(q: Float[Tensor, "B H N C"], k: Float[Tensor, "B H N C"], v: Float[Tensor, "B H N C"]) -> Float[Tensor, "B H N C"]:
+def attend(
+    q: Float[Tensor, "B H N C"], k: Float[Tensor, "B H N C"], v: Float[Tensor, "B H N C"]
+) -> Float[Tensor, "B H N C"]:
     """Softmax attention. On a CPU the backward pass of the fused kernel is three times slower than two plain products."""
     if q.device.type == "cpu" and torch.is_grad_enabled() and q.requires_grad:
         return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1).to(v.dtype) @ v
@@ -108,11 +110,13 @@ class ConvStem(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.stages = nn.ModuleList([
-            nn.Conv3d(3, 32, (1, 4, 4), (1, 2, 2), (0, 1, 1)),
-            nn.Conv3d(32, 64, 3, (1, 2, 2), 1),
-            nn.Conv3d(64, dim, 3, (1, 2, 2), 1),
-        ])
+        self.stages = nn.ModuleList(
+            [
+                nn.Conv3d(3, 32, (1, 4, 4), (1, 2, 2), (0, 1, 1)),
+                nn.Conv3d(32, 64, 3, (1, 2, 2), 1),
+                nn.Conv3d(64, dim, 3, (1, 2, 2), 1),
+            ]
+        )
 
     def forward(self, frames: Float[Tensor, "B S 3 H W"]) -> Float[Tensor, "B D S h w"]:
         x = frames.transpose(1, 2) * 2 - 1

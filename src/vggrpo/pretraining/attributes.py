@@ -16,15 +16,25 @@ from vggrpo.world import CAMERA_MOVES, COLOURS, MOTION_VERBS, ROOMS, SHAPES
 
 SCHEDULE = Schedule(steps=2500, lr=2e-3, ema=0.998, seed=2)
 BATCH = 24
-LABELS = ([f"camera:{m}" for m in CAMERA_MOVES] + [f"object:{c} {s}" for c in COLOURS for s in SHAPES]
-          + [f"motion:{m}" for m in MOTION_VERBS] + [f"room:{r}" for r in ROOMS])
+LABELS = (
+    [f"camera:{m}" for m in CAMERA_MOVES]
+    + [f"object:{c} {s}" for c in COLOURS for s in SHAPES]
+    + [f"motion:{m}" for m in MOTION_VERBS]
+    + [f"room:{r}" for r in ROOMS]
+)
 
 
-def train_attributes(shards: list[Path], folder: Path, schedule: Schedule = SCHEDULE, bf16: bool = True) -> AttributeClassifier:
+def train_attributes(
+    shards: list[Path], folder: Path, schedule: Schedule = SCHEDULE, bf16: bool = True
+) -> AttributeClassifier:
     """Train on clips and their mirror images, with light noise so that VAE artefacts do not matter."""
     data = Shards.load(shards, truth=False)
-    labels = torch.stack([torch.stack([label_vector(LABELS, a) for a in (t["attributes"], mirrored_attributes(t["attributes"]))])
-                          for t in data.texts])
+    labels = torch.stack(
+        [
+            torch.stack([label_vector(LABELS, a) for a in (t["attributes"], mirrored_attributes(t["attributes"]))])
+            for t in data.texts
+        ]
+    )
     torch.manual_seed(schedule.seed)
 
     def loss(model: AttributeClassifier, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
@@ -49,4 +59,8 @@ def measure_attributes(model: AttributeClassifier, heldout: list[Path], clips: i
     shown = torch.cat([model(data.video(part)) for part in index.split(16)]) > 0
     both = (asked & shown).sum().item()
     chance = (asked.roll(1, 0) & shown).sum().item()
-    return {"recall": both / asked.sum().item(), "precision": both / shown.sum().item(), "recall_of_shuffled": chance / asked.sum().item()}
+    return {
+        "recall": both / asked.sum().item(),
+        "precision": both / shown.sum().item(),
+        "recall_of_shuffled": chance / asked.sum().item(),
+    }

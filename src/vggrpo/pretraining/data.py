@@ -30,7 +30,9 @@ def shard_path(folder: Path, number: int) -> Path:
     return folder / f"{number:05d}.safetensors"
 
 
-def render_shard(folder: Path, number: int, *, split: str | None = "train", first_seed: int = 0, batch: int = 16) -> Path:
+def render_shard(
+    folder: Path, number: int, *, split: str | None = "train", first_seed: int = 0, batch: int = 16
+) -> Path:
     """Render clips `first_seed + number * SHARD_SIZE ...` unless the file is there; written under another name, then renamed."""
     path = shard_path(folder, number)
     if path.exists():
@@ -45,7 +47,10 @@ def render_shard(folder: Path, number: int, *, split: str | None = "train", firs
         parts.setdefault("video", []).append((world.video * 255).round().to(torch.uint8))
         for name in _TRUTH[:-1]:
             parts.setdefault(name, []).append(getattr(views, name))
-        texts += [{"caption": c, "attributes": a, "handheld": h} for c, a, h in zip(world.captions, world.attributes, world.handheld, strict=True)]
+        texts += [
+            {"caption": c, "attributes": a, "handheld": h}
+            for c, a, h in zip(world.captions, world.attributes, world.handheld, strict=True)
+        ]
     tensors = {name: torch.cat(rows) for name, rows in parts.items()} | {"frame_index": views.frame_index.contiguous()}
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     save_file(tensors, temporary, metadata={"texts": json.dumps(texts)})
@@ -91,10 +96,22 @@ def augment(world: WorldBatch, generator: torch.Generator) -> WorldBatch:
     """The batch mirrored left to right and played backwards, each with probability one half: both are worlds of the same kind."""
     if torch.rand((), generator=generator) < 0.5:
         mirror = torch.diag(torch.tensor([-1.0, 1.0, 1.0, 1.0]))
-        world = replace(world, video=world.video.flip(-1), depth=world.depth.flip(-1), object_id=world.object_id.flip(-1),
-                        cam2world=mirror @ world.cam2world @ mirror, object_pose=mirror @ world.object_pose @ mirror)
+        world = replace(
+            world,
+            video=world.video.flip(-1),
+            depth=world.depth.flip(-1),
+            object_id=world.object_id.flip(-1),
+            cam2world=mirror @ world.cam2world @ mirror,
+            object_pose=mirror @ world.object_pose @ mirror,
+        )
     if torch.rand((), generator=generator) < 0.5:
         to_last = torch.linalg.inv(world.cam2world[:, -1:])
-        world = replace(world, video=world.video.flip(2), depth=world.depth.flip(1), object_id=world.object_id.flip(1),
-                        cam2world=to_last @ world.cam2world.flip(1), object_pose=to_last[:, None] @ world.object_pose.flip(2))
+        world = replace(
+            world,
+            video=world.video.flip(2),
+            depth=world.depth.flip(1),
+            object_id=world.object_id.flip(1),
+            cam2world=to_last @ world.cam2world.flip(1),
+            object_pose=to_last[:, None] @ world.object_pose.flip(2),
+        )
     return world

@@ -11,8 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vggrpo.models.wan import WanVideoModel
 from vggrpo.models.base import LatentSpec
+from vggrpo.models.wan import WanVideoModel
 from vggrpo.pretraining.data import Shards
 from vggrpo.pretraining.loop import Schedule, fit
 from vggrpo.pretraining.text import TEXT_DIM, build_text_encoder, build_tokenizer
@@ -27,14 +27,27 @@ TRAIN_SHIFT, SAMPLE_SHIFT = 2.0, 3.0
 
 def build_transformer() -> WanTransformer3DModel:
     """About four million parameters; tokens are 2x2 latent cells as in Wan2.1."""
-    return WanTransformer3DModel(patch_size=(1, 2, 2), num_attention_heads=6, attention_head_dim=32, in_channels=16,
-                                 out_channels=16, text_dim=TEXT_DIM, freq_dim=64, ffn_dim=640, num_layers=7, cross_attn_norm=True,
-                                 qk_norm="rms_norm_across_heads", rope_max_seq_len=64)
+    return WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=6,
+        attention_head_dim=32,
+        in_channels=16,
+        out_channels=16,
+        text_dim=TEXT_DIM,
+        freq_dim=64,
+        ffn_dim=640,
+        num_layers=7,
+        cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads",
+        rope_max_seq_len=64,
+    )
 
 
 def build_scheduler() -> UniPCMultistepScheduler:
     """The scheduler that Wan pipelines ship with."""
-    return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=SAMPLE_SHIFT)
+    return UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=SAMPLE_SHIFT
+    )
 
 
 @torch.no_grad()
@@ -62,7 +75,10 @@ def encode_latents(vae: AutoencoderKLWan, shard: Path, folder: Path) -> Path:
 def mirrored_attributes(attributes: dict) -> dict:
     """What the mirror image of a clip shows: left and right change places in the camera's moves."""
     swap = {"left": "right", "right": "left"}
-    moves = [kind + (sep + swap.get(side, side) if sep else "") for kind, sep, side in (m.partition("_") for m in attributes["camera"])]
+    moves = [
+        kind + (sep + swap.get(side, side) if sep else "")
+        for kind, sep, side in (m.partition("_") for m in attributes["camera"])
+    ]
     return attributes | {"camera": moves}
 
 
@@ -76,7 +92,9 @@ class Generator(nn.Module):
         self.text_encoder = build_text_encoder(len(self.tokenizer))
 
 
-def train_generator(latents: list[Path], texts: list[dict], folder: Path, schedule: Schedule = SCHEDULE, bf16: bool = True) -> Generator:
+def train_generator(
+    latents: list[Path], texts: list[dict], folder: Path, schedule: Schedule = SCHEDULE, bf16: bool = True
+) -> Generator:
     """Flow matching: `x_t = (1 - t) x0 + t eps`, target `eps - x0`. Captions are worded anew at every visit."""
     columns: dict[str, list[Tensor]] = {"latents": [], "mirrored": []}
     for path in latents:
@@ -93,7 +111,10 @@ def train_generator(latents: list[Path], texts: list[dict], folder: Path, schedu
         mirrored = torch.randint(2, (BATCH,), generator=generator)
         drop = torch.rand(BATCH, generator=generator) < CAPTION_DROPOUT
         words = np.random.default_rng([schedule.seed, step])
-        prompts = ["" if d else caption(attributes[m][i], words) for i, m, d in zip(index.tolist(), mirrored.tolist(), drop, strict=True)]
+        prompts = [
+            "" if d else caption(attributes[m][i], words)
+            for i, m, d in zip(index.tolist(), mirrored.tolist(), drop, strict=True)
+        ]
         clean = data[mirrored, index].float()
         t = torch.sigmoid(torch.randn(BATCH, generator=generator))
         t = TRAIN_SHIFT * t / (1 + (TRAIN_SHIFT - 1) * t)
@@ -111,8 +132,16 @@ def _as_video_model(model: Generator) -> WanVideoModel:
     """The adapter that post-training uses, so that training and use see texts and times alike. It freezes; we thaw."""
     video_model = model.__dict__.get("_video_model")
     if video_model is None:
-        spec = LatentSpec(channels=model.transformer.config.in_channels, patch_size=tuple(model.transformer.config.patch_size))
-        video_model = WanVideoModel(model.transformer, build_scheduler(), text_encoder=model.text_encoder, tokenizer=model.tokenizer, latent_spec=spec)
+        spec = LatentSpec(
+            channels=model.transformer.config.in_channels, patch_size=tuple(model.transformer.config.patch_size)
+        )
+        video_model = WanVideoModel(
+            model.transformer,
+            build_scheduler(),
+            text_encoder=model.text_encoder,
+            tokenizer=model.tokenizer,
+            latent_spec=spec,
+        )
         model.requires_grad_(True).train()
         model.__dict__["_video_model"] = video_model  # not a submodule: it would be saved twice
     return video_model
@@ -120,6 +149,11 @@ def _as_video_model(model: Generator) -> WanVideoModel:
 
 def save_pipeline(model: Generator, vae: AutoencoderKLWan, directory: Path) -> None:
     """Write a plain diffusers `WanPipeline` directory, weights in float16."""
-    pipeline = WanPipeline(tokenizer=model.tokenizer, text_encoder=model.text_encoder.half(), vae=vae.half(),
-                           transformer=model.transformer.half(), scheduler=build_scheduler())
+    pipeline = WanPipeline(
+        tokenizer=model.tokenizer,
+        text_encoder=model.text_encoder.half(),
+        vae=vae.half(),
+        transformer=model.transformer.half(),
+        scheduler=build_scheduler(),
+    )
     pipeline.save_pretrained(directory, safe_serialization=True)

@@ -55,4 +55,7 @@ def mean_pose_errors(cam2world: Tensor) -> dict[str, float]:
     u, _, vh = torch.linalg.svd(cam2world[:, 1:, :3, :3].mean(0))
     mean_rotation = u @ vh
     angle = rotation_angle(cam2world[:, 1:, :3, :3].transpose(-1, -2) @ mean_rotation)
-    return {"translation_of_mean": (centres - centres.mean(0)).norm(dim=-1).mean().item(), "rotation_of_mean": angle.mean().item()}
+    return {
+        "translation_of_mean": (centres - centres.mean(0)).norm(dim=-1).mean().item(),
+        "rotation_of_mean": angle.mean().item(),
+    }

@@ -48,8 +48,16 @@ def stitch(teacher: VGGT, clips: LatentClips, train: int = 768, heldout: int = 1
     return search_layers(teacher, clips.pairs(0, train), clips.pairs(train, train + heldout), stride=1)
 
 
-def train_lgm(teacher: VGGT, clips: LatentClips, fitted: StitchFit, config: LGMConfig, folder: Path, schedule: Schedule = SCHEDULE,
-              generated: tuple[Tensor, Tensor] | None = None, bf16: bool = True) -> LatentGeometryModel:
+def train_lgm(
+    teacher: VGGT,
+    clips: LatentClips,
+    fitted: StitchFit,
+    config: LGMConfig,
+    folder: Path,
+    schedule: Schedule = SCHEDULE,
+    generated: tuple[Tensor, Tensor] | None = None,
+    bf16: bool = True,
+) -> LatentGeometryModel:
     """Train connector and LoRA.
 
     Args:
@@ -87,14 +95,19 @@ def _copy(teacher: VGGT) -> VGGT:
 
 
 @torch.no_grad()
-def measure_lgm(lgm: LatentGeometryModel, teacher: VGGT, clips: LatentClips, count: int = 256) -> dict[str, dict[str, float]]:
+def measure_lgm(
+    lgm: LatentGeometryModel, teacher: VGGT, clips: LatentClips, count: int = 256
+) -> dict[str, dict[str, float]]:
     """Held-out errors of LGM and RGB model on the same rendered clips."""
     rows: dict[str, dict[str, list[Tensor]]] = {"lgm": {}, "rgb": {}}
     for low in range(0, min(count, len(clips)), 16):
         index = torch.arange(low, min(low + 16, count, len(clips)))
         world = clips.truth.world(index)
         target = world.geometry(every=1)
-        for name, prediction in (("lgm", lgm(clips.latents[index].float())), ("rgb", teacher(world.video.transpose(1, 2)))):
+        for name, prediction in (
+            ("lgm", lgm(clips.latents[index].float())),
+            ("rgb", teacher(world.video.transpose(1, 2))),
+        ):
             for key, value in geometry_errors(prediction, target).items():
                 rows[name].setdefault(key, []).append(value)
     return {name: {k: torch.cat(v).nanmean().item() for k, v in errors.items()} for name, errors in rows.items()}

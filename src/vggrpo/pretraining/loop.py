@@ -91,9 +91,16 @@ def _average(average: nn.Module, model: nn.Module, decay: float) -> None:
         mean.copy_(now)
 
 
-def _save(folder: Path, step: int, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer, schedule: Schedule) -> None:
-    state = {"step": step, "model": model.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict(),
-             "schedule": asdict(schedule)}
+def _save(
+    folder: Path, step: int, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer, schedule: Schedule
+) -> None:
+    state = {
+        "step": step,
+        "model": model.state_dict(),
+        "average": average.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "schedule": asdict(schedule),
+    }
     temporary = folder / f"last.{os.getpid()}.tmp"
     torch.save(state, temporary)
     temporary.replace(folder / "last.pt")

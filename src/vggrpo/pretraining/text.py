@@ -26,12 +26,31 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
-                                   model_max_length=512, padding_side="right")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=512,
+        padding_side="right",
+    )
 
 
 def build_text_encoder(vocabulary: int) -> UMT5EncoderModel:
     """Two layers, width TEXT_DIM; trained together with the generator."""
-    return UMT5EncoderModel(UMT5Config(vocab_size=vocabulary, d_model=TEXT_DIM, d_kv=24, d_ff=192, num_layers=2, num_heads=4,
-                                       dropout_rate=0.0, pad_token_id=0, eos_token_id=1, is_encoder_decoder=False,
-                                       use_cache=False, tie_word_embeddings=True))
+    return UMT5EncoderModel(
+        UMT5Config(
+            vocab_size=vocabulary,
+            d_model=TEXT_DIM,
+            d_kv=24,
+            d_ff=192,
+            num_layers=2,
+            num_heads=4,
+            dropout_rate=0.0,
+            pad_token_id=0,
+            eos_token_id=1,
+            is_encoder_decoder=False,
+            use_cache=False,
+            tie_word_embeddings=True,
+        )
+    )

@@ -19,10 +19,21 @@ STAGES = ((0.80, 5, 4), (1.0, 13, 2))
 
 def build_vae(mean: list[float] | None = None, std: list[float] | None = None) -> AutoencoderKLWan:
     """The architecture; `mean` and `std` of its latents once they are measured."""
-    return AutoencoderKLWan(base_dim=16, decoder_base_dim=24, z_dim=16, dim_mult=[1, 2, 4], num_res_blocks=1,
-                            temperal_downsample=[True, True], in_channels=12, out_channels=12, patch_size=2,
-                            scale_factor_spatial=8, scale_factor_temporal=4,
-                            latents_mean=mean or [0.0] * 16, latents_std=std or [1.0] * 16)
+    return AutoencoderKLWan(
+        base_dim=16,
+        decoder_base_dim=24,
+        z_dim=16,
+        dim_mult=[1, 2, 4],
+        num_res_blocks=1,
+        temperal_downsample=[True, True],
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
+        scale_factor_spatial=8,
+        scale_factor_temporal=4,
+        latents_mean=mean or [0.0] * 16,
+        latents_std=std or [1.0] * 16,
+    )
 
 
 def vae_loss(video: Tensor, output: Tensor, mean: Tensor, logvar: Tensor) -> tuple[Tensor, dict[str, float]]:
@@ -45,7 +56,7 @@ def train_vae(shards: list[Path], folder: Path, schedule: Schedule = SCHEDULE, b
         frames, batch = next((f, b) for share, f, b in STAGES if step < share * schedule.steps)
         index = torch.randint(len(data), (batch,), generator=generator)
         start = int(torch.randint(18 - frames, (1,), generator=generator))
-        video = data.video(index)[:, :, start:start + frames] * 2 - 1
+        video = data.video(index)[:, :, start : start + frames] * 2 - 1
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             posterior = vae.encode(video).latent_dist
             noise = torch.randn(posterior.mean.shape, generator=generator)
@@ -62,7 +73,9 @@ def train_vae(shards: list[Path], folder: Path, schedule: Schedule = SCHEDULE, b
 @torch.no_grad()
 def latent_statistics(vae: AutoencoderKLWan, data: Shards, clips: int = 512) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of each latent channel over the first `clips` clips."""
-    latents = [vae.encode(data.video(torch.arange(i, min(i + 8, clips))) * 2 - 1).latent_dist.mean
-               for i in range(0, min(clips, len(data)), 8)]
+    latents = [
+        vae.encode(data.video(torch.arange(i, min(i + 8, clips))) * 2 - 1).latent_dist.mean
+        for i in range(0, min(clips, len(data)), 8)
+    ]
     flat = torch.cat(latents).transpose(0, 1).flatten(1)
     return flat.mean(1).tolist(), flat.std(1).tolist()

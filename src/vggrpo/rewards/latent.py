@@ -1,7 +1,7 @@
 """The plug for other trainers: latents in, rewards out, one import and no config.
 
-    reward = LatentGeometryReward.from_pretrained("path/to/lgm")
-    scores = reward(latents)          # {"motion": (B,), "geometry": (B,), "valid": (B,), ...}
+reward = LatentGeometryReward.from_pretrained("path/to/lgm")
+scores = reward(latents)          # {"motion": (B,), "geometry": (B,), "valid": (B,), ...}
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ class LatentGeometryReward(nn.Module):
         self.lgm, self.chunk, self.differentiable = lgm, chunk, differentiable
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path, chunk: int = 16, differentiable: bool = False) -> LatentGeometryReward:
+    def from_pretrained(
+        cls, directory: str | Path, chunk: int = 16, differentiable: bool = False
+    ) -> LatentGeometryReward:
         """Load the LGM from a directory; errors are those of `LatentGeometryModel.from_pretrained`."""
         return cls(LatentGeometryModel.from_pretrained(directory), chunk, differentiable)
 
@@ -44,4 +46,10 @@ class LatentGeometryReward(nn.Module):
     def _score(self, latents: Tensor) -> dict[str, Tensor]:
         prediction = self.lgm(latents)
         motion, geometry = camera_motion_smoothness(prediction), geometry_reprojection_consistency(prediction)
-        return {"motion": motion.value, "geometry": geometry.value, "valid": motion.valid & geometry.valid, **motion.terms, **geometry.terms}
+        return {
+            "motion": motion.value,
+            "geometry": geometry.value,
+            "valid": motion.valid & geometry.valid,
+            **motion.terms,
+            **geometry.terms,
+        }

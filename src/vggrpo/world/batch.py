@@ -56,7 +56,9 @@ class WorldBatch:
         """Motion of each pixel's point to the next frame, metres, world frame; zero at the last frame."""
         pose = torch.cat([torch.eye(4).expand_as(self.object_pose[:, :1]).to(self.object_pose), self.object_pose], 1)
         step = pose[:, :, 1:] @ torch.linalg.inv(pose[:, :, :-1])  # (B, N + 1, T - 1, 4, 4)
-        step = torch.cat([step, torch.eye(4).to(step).expand_as(step[:, :, :1])], 2).transpose(1, 2)  # (B, T, N + 1, 4, 4)
+        step = torch.cat([step, torch.eye(4).to(step).expand_as(step[:, :, :1])], 2).transpose(
+            1, 2
+        )  # (B, T, N + 1, 4, 4)
         b, t, h, w = self.object_id.shape
         index = self.object_id.view(b, t, h * w, 1).long().expand(-1, -1, -1, 16)
         matrix = torch.gather(step.flatten(3), 2, index).view(b, t, h, w, 4, 4)
@@ -67,24 +69,51 @@ class WorldBatch:
     def views(self, every: int = 4) -> WorldBatch:
         """Frames 0, every, 2 every, ...: the views of a video latent (one RGB frame a latent frame)."""
         keep = slice(None, None, every)
-        return WorldBatch(self.video[:, :, keep], self.depth[:, keep], self.cam2world[:, keep], self.intrinsics[:, keep],
-                          self.object_id[:, keep], self.object_pose[:, :, keep], self.moves, self.frame_index[keep],
-                          self.captions, self.attributes, self.handheld, self.fps)
+        return WorldBatch(
+            self.video[:, :, keep],
+            self.depth[:, keep],
+            self.cam2world[:, keep],
+            self.intrinsics[:, keep],
+            self.object_id[:, keep],
+            self.object_pose[:, :, keep],
+            self.moves,
+            self.frame_index[keep],
+            self.captions,
+            self.attributes,
+            self.handheld,
+            self.fps,
+        )
 
     def geometry(self, every: int = 4) -> GeometryPrediction:
         """The truth of every `every`-th frame, as a geometry model would predict it; confidence 1."""
         part = self.views(every)
         last = torch.zeros_like(part.dynamic_mask)
         last[:, -1] = part.subject_mask[:, -1]  # flow after the last view is unknown for what may move
-        return GeometryPrediction(cam2world=part.cam2world, intrinsics=part.intrinsics, depth=part.depth, points=part.points,
-                                  conf=torch.ones_like(part.depth), scene_flow=part.scene_flow,
-                                  dynamic_mask=part.dynamic_mask, subject_mask=part.subject_mask,
-                                  frame_index=part.frame_index, is_metric=True)
+        return GeometryPrediction(
+            cam2world=part.cam2world,
+            intrinsics=part.intrinsics,
+            depth=part.depth,
+            points=part.points,
+            conf=torch.ones_like(part.depth),
+            scene_flow=part.scene_flow,
+            dynamic_mask=part.dynamic_mask,
+            subject_mask=part.subject_mask,
+            frame_index=part.frame_index,
+            is_metric=True,
+        )
 
 
-def sample_batch(seeds: Sequence[int], *, num_frames: int = 17, size: tuple[int, int] = (64, 64), shake: str = "mixed",
-                 camera: str | None = None, split: str | None = None, device: torch.device | str = "cpu",
-                 supersample: int = 2) -> WorldBatch:
+def sample_batch(
+    seeds: Sequence[int],
+    *,
+    num_frames: int = 17,
+    size: tuple[int, int] = (64, 64),
+    shake: str = "mixed",
+    camera: str | None = None,
+    split: str | None = None,
+    device: torch.device | str = "cpu",
+    supersample: int = 2,
+) -> WorldBatch:
     """Render one clip a seed.
 
     Args:
@@ -109,6 +138,16 @@ def sample_batch(seeds: Sequence[int], *, num_frames: int = 17, size: tuple[int,
     intrinsics[..., 0, 0] = intrinsics[..., 1, 1] = (scene.focal * width)[:, None]
     intrinsics[..., 0, 2], intrinsics[..., 1, 2] = width / 2, height / 2
     grid = (b, num_frames, height, width)
-    return WorldBatch(colour.permute(0, 4, 1, 2, 3).contiguous(), hit.depth.view(grid), to_world @ scene.cam2room, intrinsics,
-                      hit.object_id.view(grid), to_world[:, None] @ scene.pose, scene.moves, torch.arange(num_frames, device=device),
-                      [s.caption for s in scenes], [s.attributes for s in scenes], [s.handheld for s in scenes])
+    return WorldBatch(
+        colour.permute(0, 4, 1, 2, 3).contiguous(),
+        hit.depth.view(grid),
+        to_world @ scene.cam2room,
+        intrinsics,
+        hit.object_id.view(grid),
+        to_world[:, None] @ scene.pose,
+        scene.moves,
+        torch.arange(num_frames, device=device),
+        [s.caption for s in scenes],
+        [s.attributes for s in scenes],
+        [s.handheld for s in scenes],
+    )

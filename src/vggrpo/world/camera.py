@@ -24,8 +24,15 @@ def _axis(angle: np.ndarray, axis: int) -> np.ndarray:
     return out
 
 
-def camera_path(moves: list[str], start: np.ndarray, yaw: float, pitch: float, target_distance: float,
-                progress: np.ndarray, amounts: dict[str, float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def camera_path(
+    moves: list[str],
+    start: np.ndarray,
+    yaw: float,
+    pitch: float,
+    target_distance: float,
+    progress: np.ndarray,
+    amounts: dict[str, float],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Positions (T, 3), yaw (T,) and pitch (T,) of a smooth path.
 
     Args:
@@ -60,8 +67,15 @@ def camera_path(moves: list[str], start: np.ndarray, yaw: float, pitch: float, t
     return position, yaws, pitches
 
 
-def band_limited_noise(rng: np.random.Generator, frames: int, fps: float, channels: int,
-                       low_hz: float = 0.7, high_hz: float = 2.5, waves: int = 4) -> np.ndarray:
+def band_limited_noise(
+    rng: np.random.Generator,
+    frames: int,
+    fps: float,
+    channels: int,
+    low_hz: float = 0.7,
+    high_hz: float = 2.5,
+    waves: int = 4,
+) -> np.ndarray:
     """Unit-variance shake (T, channels): a few sines between `low_hz` and `high_hz`, zero at frame 0.
 
     A hand is not white noise: its power sits between one and three oscillations a second.

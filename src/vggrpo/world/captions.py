@@ -51,8 +51,11 @@ def sample_attributes(rng: np.random.Generator, split: str | None = None, camera
         camera: force one move, or two joined by "+".
     """
     while True:
-        attributes = {"camera": camera.split("+") if camera else _sample_camera(rng), "room": str(rng.choice(ROOMS)),
-                      "objects": _sample_objects(rng)}
+        attributes = {
+            "camera": camera.split("+") if camera else _sample_camera(rng),
+            "room": str(rng.choice(ROOMS)),
+            "objects": _sample_objects(rng),
+        }
         if split is None or split_of(attributes) == split:
             return attributes
 

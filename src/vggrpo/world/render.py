@@ -43,8 +43,15 @@ class SceneTensors:
         atlas = tiles.view(b, _ATLAS_SIDE, _ATLAS_SIDE, c, a, a).permute(0, 3, 1, 4, 2, 5)
         atlas = atlas.reshape(b, c, _ATLAS_SIDE * a, _ATLAS_SIDE * a)
         f = [cat(n).float() for n in ("room", "cam2room", "focal")]
-        return cls(*f, cat("shape"), cat("half_size").float(), cat("pose").float(), cat("moves"), atlas.float(),
-                   cat("light").float())
+        return cls(
+            *f,
+            cat("shape"),
+            cat("half_size").float(),
+            cat("pose").float(),
+            cat("moves"),
+            atlas.float(),
+            cat("light").float(),
+        )
 
 
 @dataclass
@@ -57,12 +64,15 @@ class Hit:
     direction: Tensor  # (B, T, P, 3) with unit z in the camera
 
 
-def camera_rays(scene: SceneTensors, size: tuple[int, int], offset: tuple[float, float] = (0.5, 0.5)) -> tuple[Tensor, Tensor]:
+def camera_rays(
+    scene: SceneTensors, size: tuple[int, int], offset: tuple[float, float] = (0.5, 0.5)
+) -> tuple[Tensor, Tensor]:
     """Origins (B, T, 1, 3) and directions (B, T, P, 3) in the room; unit z in the camera, so that t is z-depth."""
     height, width = size
     device = scene.room.device
-    v, u = torch.meshgrid(torch.arange(height, device=device) + offset[1], torch.arange(width, device=device) + offset[0],
-                          indexing="ij")
+    v, u = torch.meshgrid(
+        torch.arange(height, device=device) + offset[1], torch.arange(width, device=device) + offset[0], indexing="ij"
+    )
     focal = scene.focal[:, None] * width  # pixels
     x = (u.reshape(-1) - width / 2) / focal
     y = (v.reshape(-1) - height / 2) / focal

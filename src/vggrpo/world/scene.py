@@ -44,16 +44,21 @@ class Scene:
     caption: str
 
 
-def sample_scene(seed: int, *, num_frames: int = 17, shake: str = "mixed", camera: str | None = None,
-                 split: str | None = None) -> Scene:
+def sample_scene(
+    seed: int, *, num_frames: int = 17, shake: str = "mixed", camera: str | None = None, split: str | None = None
+) -> Scene:
     """Draw a scene. `shake`: "smooth", "handheld" or "mixed" (40 % hand-held); `camera`: force a move."""
     if shake not in ("smooth", "handheld", "mixed"):
         raise ValueError(f"shake must be smooth, handheld or mixed, got {shake!r}")
     rng = np.random.default_rng(seed)
     attributes = sample_attributes(rng, split, camera)
     text = caption(attributes, rng)
-    atlas = np.concatenate([room_tiles(rng, ROOMS.index(attributes["room"])),
-                            np.stack([object_tile(rng, o["colour"]) for o in attributes["objects"]])])
+    atlas = np.concatenate(
+        [
+            room_tiles(rng, ROOMS.index(attributes["room"])),
+            np.stack([object_tile(rng, o["colour"]) for o in attributes["objects"]]),
+        ]
+    )
     atlas = np.concatenate([atlas, np.zeros((6 + MAX_OBJECTS - len(atlas), *atlas.shape[1:]))]).astype(np.float32)
     handheld = {"smooth": False, "handheld": True, "mixed": bool(rng.random() < 0.4)}[shake]
     # The shake has its own stream, so that the same seed gives the same scene smooth and hand-held.
@@ -75,8 +80,20 @@ def sample_scene(seed: int, *, num_frames: int = 17, shake: str = "mixed", camer
     cam2room[:, :3, :3], cam2room[:, :3, 3] = rotation(yaw, pitch, roll), position
     light = np.array([rng.uniform(-0.5, 0.5), -1.0, rng.uniform(-0.7, 0.1)])
     fov = np.radians(rng.uniform(58, 68))
-    return Scene(room, cam2room, float(0.5 / np.tan(fov / 2)), shape, half, pose, moves, atlas,
-                 light / np.linalg.norm(light), handheld, attributes, text)
+    return Scene(
+        room,
+        cam2room,
+        float(0.5 / np.tan(fov / 2)),
+        shape,
+        half,
+        pose,
+        moves,
+        atlas,
+        light / np.linalg.norm(light),
+        handheld,
+        attributes,
+        text,
+    )
 
 
 def _try_layout(rng: np.random.Generator, attributes: dict, frames: int, ease: float) -> tuple | None:
@@ -90,11 +107,18 @@ def _try_layout(rng: np.random.Generator, attributes: dict, frames: int, ease: f
     progress = (1 - blend) * progress + blend * smooth
     start = np.array([rng.uniform(-0.8, 0.8), -rng.uniform(1.1, 1.7), rng.uniform(0.9, 1.6)])
     yaw, pitch = rng.uniform(-0.25, 0.25), rng.uniform(-0.22, -0.02)
-    amounts = {"dolly": rng.uniform(0.6, 1.3), "truck": rng.uniform(0.5, 1.1), "pedestal": rng.uniform(0.35, 0.7),
-               "pan": np.radians(rng.uniform(12, 26)), "tilt": np.radians(rng.uniform(8, 16)),
-               "orbit": np.radians(rng.uniform(14, 26))}
+    amounts = {
+        "dolly": rng.uniform(0.6, 1.3),
+        "truck": rng.uniform(0.5, 1.1),
+        "pedestal": rng.uniform(0.35, 0.7),
+        "pan": np.radians(rng.uniform(12, 26)),
+        "tilt": np.radians(rng.uniform(8, 16)),
+        "orbit": np.radians(rng.uniform(14, 26)),
+    }
     amounts = {name: value * shrink for name, value in amounts.items()}
-    position, yaws, pitches = camera_path(attributes["camera"], start, yaw, pitch, rng.uniform(2.2, 3.0), progress, amounts)
+    position, yaws, pitches = camera_path(
+        attributes["camera"], start, yaw, pitch, rng.uniform(2.2, 3.0), progress, amounts
+    )
     if (position < room[0] + 0.35).any() or (position > room[1] - 0.35).any():
         return None
     placed = _place_objects(rng, attributes["objects"], room, start, yaw, frames, shrink)
@@ -109,8 +133,15 @@ def _try_layout(rng: np.random.Generator, attributes: dict, frames: int, ease: f
     return room, shape, half, pose, moves, position, yaws, pitches
 
 
-def _place_objects(rng: np.random.Generator, objects: list[dict], room: np.ndarray, start: np.ndarray, yaw: float,
-                   frames: int, shrink: float) -> tuple | None:
+def _place_objects(
+    rng: np.random.Generator,
+    objects: list[dict],
+    room: np.ndarray,
+    start: np.ndarray,
+    yaw: float,
+    frames: int,
+    shrink: float,
+) -> tuple | None:
     shape = np.full(MAX_OBJECTS, -1)
     half = np.full((MAX_OBJECTS, 3), 0.1)
     pose = np.tile(np.eye(4), (MAX_OBJECTS, frames, 1, 1))
@@ -118,14 +149,18 @@ def _place_objects(rng: np.random.Generator, objects: list[dict], room: np.ndarr
     for k, item in enumerate(objects):
         shape[k] = SHAPES.index(item["shape"])
         r, h = rng.uniform(0.28, 0.5), rng.uniform(0.3, 0.6)
-        half[k] = {"ball": (r, r, r), "box": (r, h, rng.uniform(0.28, 0.5)), "cylinder": (0.8 * r, h, 0.8 * r)}[item["shape"]]
+        half[k] = {"ball": (r, r, r), "box": (r, h, rng.uniform(0.28, 0.5)), "cylinder": (0.8 * r, h, 0.8 * r)}[
+            item["shape"]
+        ]
         distance, angle = rng.uniform(1.9, 4.0), yaw + rng.uniform(-0.45, 0.45)
         centre = np.array([start[0] + distance * np.sin(angle), -half[k, 1], start[2] + distance * np.cos(angle)])
         pose[k] = _object_motion(rng, item["motion"], item["shape"], centre, half[k], room, frames, shrink)
         moves[k] = item["motion"] is not None
         reach = np.linalg.norm(half[k, [0, 2]])
         path = pose[k, :, :3, 3]
-        if (path[:, [0, 2]] < room[0, [0, 2]] + reach + 0.05).any() or (path[:, [0, 2]] > room[1, [0, 2]] - reach - 0.05).any():
+        if (path[:, [0, 2]] < room[0, [0, 2]] + reach + 0.05).any() or (
+            path[:, [0, 2]] > room[1, [0, 2]] - reach - 0.05
+        ).any():
             return None
         for other in range(k):
             gap = np.linalg.norm((path - pose[other, :, :3, 3])[:, [0, 2]], axis=-1).min()
@@ -134,8 +169,16 @@ def _place_objects(rng: np.random.Generator, objects: list[dict], room: np.ndarr
     return shape, half, pose, moves
 
 
-def _object_motion(rng: np.random.Generator, motion: str | None, shape: str, centre: np.ndarray, half: np.ndarray,
-                   room: np.ndarray, frames: int, shrink: float) -> np.ndarray:
+def _object_motion(
+    rng: np.random.Generator,
+    motion: str | None,
+    shape: str,
+    centre: np.ndarray,
+    half: np.ndarray,
+    room: np.ndarray,
+    frames: int,
+    shrink: float,
+) -> np.ndarray:
     """Object poses (T, 4, 4) in the room: still, rolling or sliding along the floor, or swinging under the ceiling."""
     pose = np.tile(np.eye(4), (frames, 1, 1))
     spin = 0.0 if shape == "ball" else rng.uniform(-np.pi, np.pi)
@@ -151,7 +194,11 @@ def _object_motion(rng: np.random.Generator, motion: str | None, shape: str, cen
             pose[:, :3, :3] = _about(np.cross(direction, [0.0, 1.0, 0.0]), -travel / half[0]) @ base
     elif motion == "swings":
         length = max(-room[0, 1] - half[1] - rng.uniform(0.35, 0.7), 0.8)
-        angle = np.radians(rng.uniform(14, 26)) * shrink * np.sin(2 * np.pi * time / rng.uniform(2.0, 3.2) + rng.uniform(0, 2 * np.pi))
+        angle = (
+            np.radians(rng.uniform(14, 26))
+            * shrink
+            * np.sin(2 * np.pi * time / rng.uniform(2.0, 3.2) + rng.uniform(0, 2 * np.pi))
+        )
         pivot = np.array([centre[0], room[0, 1], centre[2]])
         turn = _about(np.cross(direction, [0.0, 1.0, 0.0]), angle)
         pose[:, :3, 3] = pivot + turn @ np.array([0.0, length, 0.0])
