@@ -9,7 +9,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
-    """Real videos, latents, cameras and parity numbers that live beside a developer's checkout; tests skip without them."""
+    """Real videos, latents, cameras and parity numbers beside a developer's checkout; tests skip without them."""
     directory = Path(__file__).resolve().parents[2] / "shared"
     if not directory.is_dir():
         pytest.skip("the folder of real data beside the checkout is absent")

@@ -1,4 +1,7 @@
-"""vggrpo: post-train video diffusion models for world consistency with 4D rewards read from their latents (VGGRPO, arXiv 2603.26599)."""
+"""vggrpo: post-train video diffusion models for world consistency with 4D rewards read from their latents.
+
+The method is VGGRPO (arXiv 2603.26599).
+"""
 
 from __future__ import annotations
 

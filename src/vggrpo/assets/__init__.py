@@ -20,6 +20,7 @@ def path(name: str) -> Path:
     directory = Path(__file__).parent / "tiny" / name
     if not directory.is_dir():
         raise UserError(
-            f"the embedded model {name!r} is missing from {directory}; reinstall vggrpo or run `vggrpo world pretrain {name}`"
+            f"the embedded model {name!r} is missing from {directory}; "
+            f"reinstall vggrpo or run `vggrpo world pretrain {name}`"
         )
     return directory

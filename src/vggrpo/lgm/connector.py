@@ -1,4 +1,7 @@
-"""The connector `S_psi`: one 3D convolution from video latents to the tokens of a geometry network (METHOD section 1)."""
+"""The connector `S_psi`: one 3D convolution from video latents to the tokens of a geometry network.
+
+See METHOD section 1.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,8 @@ def at_view_rate(
 ) -> Float[Tensor, "B C S H W"]:
     """One latent a view: the latent frames themselves, or interpolated in time to one per RGB frame.
 
-    A video VAE encodes frame 0 alone and then groups of `temporal_stride`, so latent frame k ends at RGB frame k * stride.
+    A video VAE encodes frame 0 alone and then groups of `temporal_stride`, so latent frame k ends at RGB frame
+    k * stride.
     """
     if view_rate == "latent":
         return latents
@@ -26,7 +30,10 @@ def at_view_rate(
 
 
 class Connector(nn.Module):
-    """`Conv3d(C -> d, 5x5x5, stride (1, s, s), padding 2)`: s = 2 where the VAE compresses space by 8 and a token is 16 pixels."""
+    """`Conv3d(C -> d, 5x5x5, stride (1, s, s), padding 2)`.
+
+    s = 2 where the VAE compresses space by 8 and a token is 16 pixels.
+    """
 
     def __init__(self, channels: int, dim: int, stride: int) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""How far a predicted geometry is from a target: the losses that train geometry networks and LGMs, and the errors that judge them.
+"""How far a predicted geometry is from a target: losses that train geometry networks and LGMs, errors that judge them.
 
-The target is the truth of rendered clips or a teacher's prediction. Both are brought to one unit first: the first view's median
-depth is 1, so nothing depends on the metre.
+The target is the truth of rendered clips or a teacher's prediction. Both are brought to one unit first: the first
+view's median depth is 1, so nothing depends on the metre.
 """
 
 from __future__ import annotations
@@ -105,8 +105,10 @@ def geometry_loss(
 def geometry_errors(prediction: GeometryPrediction, target: GeometryPrediction) -> dict[str, Float[Tensor, " B"]]:
     """Errors of each clip after scale alignment by the clip's median depth ratio.
 
-    `abs_rel`: mean |d - d*| / d*. `translation`: mean distance of camera centres of views 1.., in first-view median depths.
-    `rotation`: mean angle, radians. `fov`: mean absolute error, radians. `flow`: mean end-point error on moving pixels (nan if none).
+    `abs_rel`: mean |d - d*| / d*. `translation`: mean distance of camera centres of views 1.., in first-view median
+    depths.
+    `rotation`: mean angle, radians. `fov`: mean absolute error, radians. `flow`: mean end-point error on moving
+    pixels (nan if none).
     `dynamic_iou`: intersection over union of the dynamic mask (nan if neither has any).
     """
     target = unit_depth(target)

@@ -1,7 +1,8 @@
-"""The Latent Geometry Model: `LGM(z) = heads . T_L ... T_{l+1} . S_psi(z)` (VGGRPO, section on the LGM; see METHOD section 1).
+"""The Latent Geometry Model: `LGM(z) = heads . T_L ... T_{l+1} . S_psi(z)` (METHOD section 1).
 
-A frozen geometry network keeps its layers after `l`, adapted by a LoRA; a connector puts video latents in the place of the
-tokens that layer `l` would have made from RGB. No frame is ever decoded, and everything is differentiable in the latents.
+A frozen geometry network keeps its layers after `l`, adapted by a LoRA; a connector puts video latents in the place of
+the tokens that layer `l` would have made from RGB. No frame is ever decoded, and everything is differentiable in the
+latents.
 """
 
 from __future__ import annotations
@@ -93,7 +94,10 @@ class LatentGeometryModel(nn.Module):
                 module.merge()
 
     def save_pretrained(self, directory: str | Path, dtype: torch.dtype = torch.float32) -> None:
-        """Write `config.json` and `model.safetensors` (connector, special tokens, LoRA; the geometry model is referred to)."""
+        """Write `config.json` and `model.safetensors`: connector, special tokens, LoRA.
+
+        The geometry model is referred to.
+        """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         state = {f"connector.{k}": v for k, v in self.connector.state_dict().items()} | {"special": self.special}
@@ -106,7 +110,9 @@ class LatentGeometryModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> LatentGeometryModel:
-        """Read what `save_pretrained` wrote, with the geometry model that it names; ready for use, nothing requires gradients.
+        """Read what `save_pretrained` wrote, with the geometry model that it names.
+
+        Ready for use, nothing requires gradients.
 
         Raises:
             UserError: missing or damaged files, or weights that do not fit the config.
@@ -119,11 +125,13 @@ class LatentGeometryModel(nn.Module):
             state = load_file(directory / "model.safetensors")
         except FileNotFoundError as error:
             raise UserError(
-                f"no latent geometry model in {directory}: it needs config.json and model.safetensors; make one with `vggrpo train-lgm`"
+                f"no latent geometry model in {directory}: it needs config.json and model.safetensors; "
+                f"make one with `vggrpo train-lgm`"
             ) from error
         except Exception as error:
             raise UserError(
-                f"the latent geometry model in {directory} cannot be read: {str(error).splitlines()[0]}; copy or train it again"
+                f"the latent geometry model in {directory} cannot be read: {str(error).splitlines()[0]}; "
+                f"copy or train it again"
             ) from error
         model = cls(config, VGGT.from_pretrained(directory / config.geometry))
         model.add_lora()
@@ -131,7 +139,8 @@ class LatentGeometryModel(nn.Module):
             model.load_state_dict_parts({k: v.float() for k, v in state.items()})
         except (KeyError, RuntimeError) as error:
             raise UserError(
-                f"the weights in {directory} do not fit its config: {str(error).splitlines()[0]}; copy or train it again"
+                f"the weights in {directory} do not fit its config: {str(error).splitlines()[0]}; "
+                f"copy or train it again"
             ) from error
         model.merge_lora()
         return model.requires_grad_(False).eval()
@@ -151,7 +160,8 @@ class LatentGeometryModel(nn.Module):
     def _check(self, latents: Tensor) -> None:
         if latents.ndim != 5 or latents.shape[1] != self.config.latent_channels:
             raise UserError(
-                f"latents of shape (B, {self.config.latent_channels}, T, H, W) of the VAE {self.config.vae!r} are needed, got {tuple(latents.shape)}"
+                f"latents of shape (B, {self.config.latent_channels}, T, H, W) of the VAE "
+                f"{self.config.vae!r} are needed, got {tuple(latents.shape)}"
             )
         if not torch.isfinite(latents).all():
             raise UserError("latents hold NaN or infinity; check the sampler or the file that they come from")

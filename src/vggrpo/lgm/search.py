@@ -1,4 +1,6 @@
-"""Where to stitch, and with which weights: ridge regression from latents to the tokens of every candidate layer, in one pass.
+"""Where to stitch, and with which weights: ridge regression from latents to the tokens of every candidate layer.
+
+All layers are fitted in one pass.
 
 `W = (X'X + n lam I)^-1 X'Y` with X the 5x5x5 neighbourhoods of the latents (zero-padded as at run time) and a constant
 for the joint bias. The solution of the chosen layer IS the connector's initialisation.
@@ -67,7 +69,8 @@ def search_layers(
         ridge: relative to the mean square of the latents.
     """
     layers = geometry.stitch_points() if layers is None else layers
-    gram, cross, specials, count = 0.0, 0.0, 0.0, 0
+    gram = cross = specials = torch.zeros((), dtype=torch.float64)
+    count = 0
     for latents, frames in train:
         rows = neighbourhoods(latents, stride)
         tokens, special = _targets(geometry, frames, layers)
@@ -102,7 +105,7 @@ def _held_out_r2(
     geometry: VGGT, pairs: Iterable[Pair], layers: list[int], stride: int, solution: Tensor
 ) -> list[float]:
     """1 - residual / variance over held-out tokens, one number a layer."""
-    residual = total = first = 0.0
+    residual = total = first = torch.zeros((), dtype=torch.float64)
     rows_seen = 0
     for latents, frames in pairs:
         tokens, _ = _targets(geometry, frames, layers)

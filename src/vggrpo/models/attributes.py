@@ -1,7 +1,7 @@
 """A classifier of what a clip of the embedded world shows: camera moves, coloured objects, motions, room.
 
-For evaluation alone (prompt adherence, and features for distances to real clips). It is trained on rendered clips, never on
-generated ones, and no reward or training loss may read it.
+For evaluation alone (prompt adherence, and features for distances to real clips). It is trained on rendered clips,
+never on generated ones, and no reward or training loss may read it.
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ class AttributeClassifier(nn.Module):
             model.load_state_dict({k: v.float() for k, v in load_file(directory / "model.safetensors").items()})
         except Exception as error:
             raise UserError(
-                f"the attribute classifier in {directory} cannot be loaded: {str(error).splitlines()[0]}; reinstall or train it again"
+                f"the attribute classifier in {directory} cannot be loaded: {str(error).splitlines()[0]}; "
+                f"reinstall or train it again"
             ) from error
         return model.requires_grad_(False).eval()
 

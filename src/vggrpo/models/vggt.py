@@ -1,8 +1,8 @@
 """A feed-forward geometry network of the VGGT family; its small configurations are the embedded teacher and the judge.
 
-Views of a clip -> patch tokens (+ one camera token and registers a view) -> residual 3D convolutions (optional) -> pairs of
-frame-wise and global attention -> a camera head on the camera tokens and a dense head on the patch tokens. The dense head
-gives inverse depth, confidence, scene flow, and logits of the dynamic and subject masks.
+Views of a clip -> patch tokens (+ one camera token and registers a view) -> residual 3D convolutions (optional) ->
+pairs of frame-wise and global attention -> a camera head on the camera tokens and a dense head on the patch tokens. The
+dense head gives inverse depth, confidence, scene flow, and logits of the dynamic and subject masks.
 
 Inside, cameras are world2cam with quaternions (VGGT's pose encoding: translation, xyzw, field of view); everything that
 leaves this file follows `GeometryPrediction`.
@@ -54,7 +54,7 @@ class VGGTConfig(BaseModel):
 
 
 class VGGT(nn.Module):
-    """See the module's docstring. Layers are numbered 0 (after the stem), then convolutions, then pairs of attention."""
+    """See the module's docstring. Layers: 0 (after the stem), then convolutions, then pairs of attention."""
 
     def __init__(self, config: VGGTConfig) -> None:
         super().__init__()
@@ -100,8 +100,10 @@ class VGGT(nn.Module):
         return self.resume_raw(tokens, layer, grid)[0]
 
     def special_tokens(self, layer: int, views: int = 2) -> Float[Tensor, "S M D"]:
-        """Special tokens of `views` views as they stand after `layer` (their parameters: no stitch point lies past a pair
-        unless the hooks allow it, and there the mean activation must be measured by the caller)."""
+        """Special tokens of `views` views as they stand after `layer`: their parameters.
+
+        No stitch point lies past a pair unless the hooks allow it; there the caller must measure the mean activation.
+        """
         return torch.cat([self.special[:1], self.special[1:].expand(views - 1, -1, -1)])
 
     def lora_targets(self) -> list[str]:
@@ -112,7 +114,7 @@ class VGGT(nn.Module):
         """This network sees a video at its own size."""
         return video_size
 
-    # --- inside ---------------------------------------------------------------------------------------------------------
+    # --- inside ---
 
     def predict(self, frames: Float[Tensor, "B S 3 H W"]) -> tuple[GeometryPrediction, dict[str, Tensor]]:
         """`forward` with the raw outputs that a loss needs."""
@@ -194,10 +196,11 @@ class VGGT(nn.Module):
         patch = self.config.patch
         if frames.shape[-1] % patch or frames.shape[-2] % patch:
             raise UserError(
-                f"frames of {frames.shape[-2]}x{frames.shape[-1]} pixels do not divide into patches of {patch}; resize them"
+                f"frames of {frames.shape[-2]}x{frames.shape[-1]} pixels do not divide into patches of "
+                f"{patch}; resize them"
             )
 
-    # --- files ------------------------------------------------------------------------------------------------------------
+    # --- files ---
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write `config.json` and `model.safetensors`."""
@@ -227,13 +230,14 @@ class VGGT(nn.Module):
             ) from error
         except Exception as error:
             raise UserError(
-                f"the geometry model in {directory} cannot be loaded: {str(error).splitlines()[0]}; download or train it again"
+                f"the geometry model in {directory} cannot be loaded: {str(error).splitlines()[0]}; "
+                f"download or train it again"
             ) from error
         return model.eval()
 
 
 def decode_extrinsics(pose: Float[Tensor, "B S 9"]) -> Float[Tensor, "B S 4 4"]:
-    """world2cam from VGGT's pose encoding: translation (3), quaternion xyzw around the identity (4), fields of view (2)."""
+    """world2cam from VGGT's pose encoding: translation (3), quaternion xyzw around the identity (4), fields of view."""
     x, y, z, w = F.normalize(pose[..., 3:7] + pose.new_tensor([0.0, 0.0, 0.0, 1.0]), dim=-1).unbind(-1)
     rotation = torch.stack(
         [

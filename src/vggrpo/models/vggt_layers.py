@@ -1,4 +1,4 @@
-"""Building blocks of the VGGT family: attention with 2D rotary positions, residual 3D convolutions, a dense prediction head."""
+"""Building blocks of the VGGT family: attention with 2D rotary positions, residual 3D convolutions, a dense head."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 @lru_cache(maxsize=32)
 def rope_tables(grid: tuple[int, int], special: int, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
-    """cos and sin (special + h w, head_dim) of the 2D rotary embedding; special tokens sit at position 0, patches at 1.. ."""
+    """cos and sin (special + h w, head_dim) of the 2D rotary embedding; special tokens sit at 0, patches at 1.. ."""
     h, w = grid
     ys, xs = torch.meshgrid(torch.arange(1, h + 1), torch.arange(1, w + 1), indexing="ij")
     positions = torch.cat([torch.zeros(special, 2), torch.stack([ys.flatten(), xs.flatten()], -1).float()])
@@ -38,7 +38,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attend(
     q: Float[Tensor, "B H N C"], k: Float[Tensor, "B H N C"], v: Float[Tensor, "B H N C"]
 ) -> Float[Tensor, "B H N C"]:
-    """Softmax attention. On a CPU the backward pass of the fused kernel is three times slower than two plain products."""
+    """Softmax attention. On a CPU the fused kernel's backward pass is three times slower than two plain products."""
     if q.device.type == "cpu" and torch.is_grad_enabled() and q.requires_grad:
         return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1).to(v.dtype) @ v
     return F.scaled_dot_product_attention(q, k, v)
@@ -91,7 +91,7 @@ class Block(nn.Module):
 
 
 class ConvBlock(nn.Module):
-    """Residual 3x3x3 convolution over (view, row, column): what neighbouring views have in common is motion, hence pose."""
+    """Residual 3x3x3 convolution over (view, row, column): what neighbouring views share is motion, hence pose."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -140,7 +140,8 @@ class PatchStem(nn.Module):
 class DenseHead(nn.Module):
     """A light DPT: features of several layers, fused from coarse to fine by convolutions, then one map a channel.
 
-    Maps come out at half resolution and are enlarged linearly: depth is predicted as inverse depth, in which planes are linear.
+    Maps come out at half resolution and are enlarged linearly: depth is predicted as inverse depth, in which
+    planes are linear.
     """
 
     def __init__(self, dim: int, hooks: int, features: int, channels: int) -> None:

@@ -1,8 +1,8 @@
 """Rendered clips on disk: shards of safetensors that all recipes share.
 
 A shard holds `video` (N, 3, T, H, W) uint8 and the truth of the views 0, 4, 8, ...: `depth`, `cam2world`, `intrinsics`,
-`object_id`, `object_pose`, `moves`; captions and attributes travel in the header. Shards are made from consecutive seeds,
-so a shard's number says which clips it holds, and a killed run goes on with the next one.
+`object_id`, `object_pose`, `moves`; captions and attributes travel in the header. Shards are made from consecutive
+seeds, so a shard's number says which clips it holds, and a killed run goes on with the next one.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def shard_path(folder: Path, number: int) -> Path:
 def render_shard(
     folder: Path, number: int, *, split: str | None = "train", first_seed: int = 0, batch: int = 16
 ) -> Path:
-    """Render clips `first_seed + number * SHARD_SIZE ...` unless the file is there; written under another name, then renamed."""
+    """Render clips `first_seed + number * SHARD_SIZE ...` unless the file is there; written aside, then renamed."""
     path = shard_path(folder, number)
     if path.exists():
         return path
@@ -93,7 +93,10 @@ class Shards:
 
 
 def augment(world: WorldBatch, generator: torch.Generator) -> WorldBatch:
-    """The batch mirrored left to right and played backwards, each with probability one half: both are worlds of the same kind."""
+    """The batch mirrored left to right and played backwards, each with probability one half.
+
+    Both are worlds of the same kind.
+    """
     if torch.rand((), generator=generator) < 0.5:
         mirror = torch.diag(torch.tensor([-1.0, 1.0, 1.0, 1.0]))
         world = replace(

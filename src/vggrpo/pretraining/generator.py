@@ -1,4 +1,7 @@
-"""Recipe of the embedded video generator: a small `WanTransformer3DModel` with its text encoder, by flow matching on latents."""
+"""Recipe of the embedded video generator: a small `WanTransformer3DModel` with its text encoder.
+
+Trained by flow matching on latents.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +55,10 @@ def build_scheduler() -> UniPCMultistepScheduler:
 
 @torch.no_grad()
 def encode_latents(vae: AutoencoderKLWan, shard: Path, folder: Path) -> Path:
-    """Normalised latents of a shard's clips and of their mirror images: `latents`, `mirrored` (N, 16, T', H', W') float16."""
+    """Normalised latents of a shard's clips and of their mirror images.
+
+    `latents`, `mirrored`: (N, 16, T', H', W') float16.
+    """
     path = folder / shard.name
     if path.exists():
         return path

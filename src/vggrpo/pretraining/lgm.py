@@ -1,4 +1,7 @@
-"""Recipe of the embedded LGM: closed-form stitch, then connector + LoRA against truth and teacher, on rendered and generated clips."""
+"""Recipe of the embedded LGM: closed-form stitch, then connector + LoRA against truth and teacher.
+
+Trained on rendered and generated clips.
+"""
 
 from __future__ import annotations
 
@@ -61,8 +64,8 @@ def train_lgm(
     """Train connector and LoRA.
 
     Args:
-        generated: latents (N, C, T', H', W') of the base generator and their RGB views (N, S, 3, H, W); the teacher judges
-            the views. A share of `GENERATED_SHARE` of all batches. None: rendered clips alone.
+        generated: latents (N, C, T', H', W') of the base generator and their RGB views (N, S, 3, H, W); the teacher
+            judges the views. A share of `GENERATED_SHARE` of all batches. None: rendered clips alone.
     """
     torch.manual_seed(schedule.seed)
     student = LatentGeometryModel(config, _copy(teacher))
@@ -71,8 +74,8 @@ def train_lgm(
     student.add_lora()
 
     def loss(model: LatentGeometryModel, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        synthetic = generated is not None and torch.rand((), generator=generator) < GENERATED_SHARE
-        if synthetic:
+        synthetic = generated is not None and bool(torch.rand((), generator=generator) < GENERATED_SHARE)
+        if generated is not None and synthetic:
             index = torch.randint(len(generated[0]), (BATCH,), generator=generator)
             latents = generated[0][index].float()
             with torch.no_grad():

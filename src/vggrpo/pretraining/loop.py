@@ -1,6 +1,7 @@
 """The one training loop of all recipes: AdamW, warm-up and cosine, EMA, exact resume, a JSONL log.
 
-Every step draws its batch and its noise from a generator seeded by (seed, step), so a resumed run needs no random state.
+Every step draws its batch and its noise from a generator seeded by (seed, step), so a resumed run needs no random
+state.
 """
 
 from __future__ import annotations

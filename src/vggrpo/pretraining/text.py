@@ -20,7 +20,7 @@ def grammar_words() -> list[str]:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Lower-cased words; whatever the grammar does not know becomes `<unk>`, so any prompt in any language is accepted."""
+    """Lower-cased words; what the grammar does not know becomes `<unk>`, so any prompt in any language is accepted."""
     vocabulary = {token: i for i, token in enumerate(["<pad>", "</s>", "<unk>", *grammar_words()])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])

@@ -38,7 +38,7 @@ class LatentGeometryReward(nn.Module):
         return cls(LatentGeometryModel.from_pretrained(directory), chunk, differentiable)
 
     def forward(self, latents: Float[Tensor, "B C T H W"]) -> dict[str, Float[Tensor, " B"]]:
-        """`motion` and `geometry` rewards in [0, 1], `valid` (bool), and every term (`e_trans`, `e_rot`, `e_geo`, ...)."""
+        """`motion` and `geometry` rewards in [0, 1], `valid` (bool), all terms (`e_trans`, `e_rot`, `e_geo`, ...)."""
         with torch.set_grad_enabled(self.differentiable and torch.is_grad_enabled()):
             parts = [self._score(piece) for piece in latents.split(self.chunk)]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

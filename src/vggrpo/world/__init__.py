@@ -1,4 +1,7 @@
-"""The embedded 4D world: procedural rooms with moving objects, rendered with exact depth, cameras, flow, masks and captions."""
+"""The embedded 4D world: procedural rooms with moving objects, rendered with exact truth.
+
+Depth, cameras, flow, masks and captions.
+"""
 
 from __future__ import annotations
 

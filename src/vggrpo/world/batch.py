@@ -56,9 +56,8 @@ class WorldBatch:
         """Motion of each pixel's point to the next frame, metres, world frame; zero at the last frame."""
         pose = torch.cat([torch.eye(4).expand_as(self.object_pose[:, :1]).to(self.object_pose), self.object_pose], 1)
         step = pose[:, :, 1:] @ torch.linalg.inv(pose[:, :, :-1])  # (B, N + 1, T - 1, 4, 4)
-        step = torch.cat([step, torch.eye(4).to(step).expand_as(step[:, :, :1])], 2).transpose(
-            1, 2
-        )  # (B, T, N + 1, 4, 4)
+        still = torch.eye(4).to(step).expand_as(pose[:, :, :1])
+        step = torch.cat([step, still], 2).transpose(1, 2)  # (B, T, N + 1, 4, 4)
         b, t, h, w = self.object_id.shape
         index = self.object_id.view(b, t, h * w, 1).long().expand(-1, -1, -1, 16)
         matrix = torch.gather(step.flatten(3), 2, index).view(b, t, h, w, 4, 4)
@@ -87,8 +86,6 @@ class WorldBatch:
     def geometry(self, every: int = 4) -> GeometryPrediction:
         """The truth of every `every`-th frame, as a geometry model would predict it; confidence 1."""
         part = self.views(every)
-        last = torch.zeros_like(part.dynamic_mask)
-        last[:, -1] = part.subject_mask[:, -1]  # flow after the last view is unknown for what may move
         return GeometryPrediction(
             cam2world=part.cam2world,
             intrinsics=part.intrinsics,

@@ -1,6 +1,7 @@
 """Camera paths: the moves a caption names, and the shake of a hand that it does not name.
 
-Room frame: x right, y down, z ahead of the first camera's room axis; metres. Rotation = yaw about y, then pitch about x.
+Room frame: x right, y down, z ahead of the first camera's room axis; metres. Rotation = yaw about y, then pitch about
+x.
 """
 
 from __future__ import annotations

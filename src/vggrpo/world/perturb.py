@@ -1,7 +1,7 @@
 """Inconsistency of known size: rendered clips whose walls and objects wobble.
 
-Every frame is warped by its own smooth displacement field, colour and depth alike, under unchanged cameras. What comes out is the
-exact geometry of a world that does not hold together: the amplitude in pixels says how badly.
+Every frame is warped by its own smooth displacement field, colour and depth alike, under unchanged cameras. What
+comes out is the exact geometry of a world that does not hold together: the amplitude in pixels says how badly.
 """
 
 from __future__ import annotations

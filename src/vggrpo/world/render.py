@@ -42,9 +42,10 @@ class SceneTensors:
         b, _, c, a, _ = tiles.shape
         atlas = tiles.view(b, _ATLAS_SIDE, _ATLAS_SIDE, c, a, a).permute(0, 3, 1, 4, 2, 5)
         atlas = atlas.reshape(b, c, _ATLAS_SIDE * a, _ATLAS_SIDE * a)
-        f = [cat(n).float() for n in ("room", "cam2room", "focal")]
         return cls(
-            *f,
+            cat("room").float(),
+            cat("cam2room").float(),
+            cat("focal").float(),
             cat("shape"),
             cat("half_size").float(),
             cat("pose").float(),
@@ -128,7 +129,7 @@ def _box(o: Tensor, d: Tensor) -> Tensor:
 
 
 def _cylinder(o: Tensor, d: Tensor) -> Tensor:
-    """Unit cylinder about y, |y| <= 1: the later of entering the tube and entering the slab, if before the first exit."""
+    """Unit cylinder about y, |y| <= 1: the later of entering the tube and entering the slab, before the first exit."""
     flat_o, flat_d = o[..., [0, 2]], d[..., [0, 2]]
     a = (flat_d * flat_d).sum(-1).clamp_min(1e-12)
     b, c = (flat_o * flat_d).sum(-1), (flat_o * flat_o).sum(-1) - 1
@@ -143,7 +144,6 @@ def _cylinder(o: Tensor, d: Tensor) -> Tensor:
 
 def shade(scene: SceneTensors, hit: Hit) -> Tensor:
     """Colours (B, T, P, 3) in [0, 1]: Lambert light, soft contact shadows, textures fixed to their surfaces."""
-    b, t, p = hit.depth.shape
     lower, upper = scene.room[:, 0, None, None], scene.room[:, 1, None, None]
     unit = (hit.point - lower) / (upper - lower)  # (B, T, P, 3) in [0, 1]
     to_face = torch.cat([unit, 1 - unit], -1)[..., [0, 3, 1, 4, 2, 5]]  # x-, x+, ceiling, floor, z-, z+
