@@ -27,6 +27,6 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Audit; the function prints its table and writes it."""
-    from vggrpo.lgm.audit import audit_reward
+    from vggrpo.evaluation.audit import audit_reward
 
     audit_reward(arguments.lgm, arguments.output, clips=arguments.clips, seed=arguments.seed)

@@ -202,14 +202,14 @@ class VGGT(nn.Module):
 
     # --- files ---
 
-    def save_pretrained(self, directory: str | Path) -> None:
+    def save_pretrained(self, directory: str | Path, dtype: torch.dtype = torch.float32) -> None:
         """Write `config.json` and `model.safetensors`."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "config.json").write_text(
             json.dumps({"model_type": "vggt"} | self.config.model_dump(), indent=2) + "\n"
         )
-        save_file({k: v.contiguous() for k, v in self.state_dict().items()}, directory / "model.safetensors")
+        save_file({k: v.to(dtype).contiguous() for k, v in self.state_dict().items()}, directory / "model.safetensors")
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> VGGT:
@@ -223,7 +223,7 @@ class VGGT(nn.Module):
             config = json.loads((directory / "config.json").read_text())
             config.pop("model_type", None)
             model = cls(VGGTConfig(**config))
-            model.load_state_dict(load_file(directory / "model.safetensors"))
+            model.load_state_dict({k: v.float() for k, v in load_file(directory / "model.safetensors").items()})
         except FileNotFoundError as error:
             raise UserError(
                 f"no geometry model in {directory}: {Path(error.filename or 'model.safetensors').name} is missing"
@@ -233,7 +233,7 @@ class VGGT(nn.Module):
                 f"the geometry model in {directory} cannot be loaded: {str(error).splitlines()[0]}; "
                 f"download or train it again"
             ) from error
-        return model.eval()
+        return model.requires_grad_(False).eval()
 
 
 def decode_extrinsics(pose: Float[Tensor, "B S 9"]) -> Float[Tensor, "B S 4 4"]:

@@ -1,0 +1,138 @@
+"""Recipes that make the shipped models from rendered clips; `pretrain(name, output)` runs one with all that it needs.
+
+    OUTPUT/data       rendered shards           OUTPUT/latents    their latents
+    OUTPUT/work/NAME  checkpoints and logs      OUTPUT/NAME       the finished model, as shipped
+
+Every stage resumes from its last checkpoint and skips what is finished.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vggrpo.errors import UserError
+
+SHARDS, HELDOUT_SHARDS = 40, 1
+
+
+def pretrain(name: str, output: str | Path, *, shards: int = SHARDS, steps: int | None = None) -> Path:
+    """Train one of the shipped models and measure it on held-out clips.
+
+    Args:
+        name: "pipeline", "geometry", "lgm", "judge" or "attributes". The LGM needs pipeline and geometry in `output`.
+        output: directory of all recipes; rendered clips are shared.
+        shards: training clips, in shards of 256.
+        steps: optimizer steps; default as in the recipe.
+
+    Returns:
+        The finished model's directory, with its held-out numbers in `card.json`.
+    """
+    makers: dict[str, Callable[..., dict[str, Any]]] = {
+        "pipeline": _pipeline, "geometry": _geometry, "judge": _judge, "attributes": _attributes, "lgm": _lgm
+    }  # fmt: skip
+    if name not in makers:
+        raise UserError(f"no recipe called {name!r}; there are {', '.join(makers)}")
+    output = Path(output)
+    torch.manual_seed(0)
+    clips, heldout = render(output, shards)
+    card = makers[name](output, clips, heldout, steps)
+    (output / name / "card.json").write_text(json.dumps(card, indent=2) + "\n")
+    print(json.dumps(card))
+    return output / name
+
+
+def render(output: Path, shards: int) -> tuple[list[Path], list[Path]]:
+    """Render what is missing of the training and the held-out clips."""
+    from vggrpo.pretraining.data import HELDOUT_SEED, render_shard
+
+    heldout = [
+        render_shard(output / "data" / "heldout", i, split=None, first_seed=HELDOUT_SEED) for i in range(HELDOUT_SHARDS)
+    ]
+    return [render_shard(output / "data" / "train", i) for i in range(shards)], heldout
+
+
+def _pipeline(output: Path, clips: list[Path], heldout: list[Path], steps: int | None) -> dict[str, Any]:
+    from vggrpo.pretraining import generator, vae
+    from vggrpo.pretraining.data import Shards
+
+    made = vae.train_vae(clips, output / "work" / "vae", _with_steps(vae.SCHEDULE, steps))
+    latents = [generator.encode_latents(made, path, output / "latents" / path.parent.name) for path in clips]
+    for path in heldout:
+        generator.encode_latents(made, path, output / "latents" / path.parent.name)
+    texts = Shards.load(clips, video=False, truth=False).texts
+    model = generator.train_generator(
+        latents, texts, output / "work" / "generator", _with_steps(generator.SCHEDULE, steps)
+    )
+    card = vae.measure_vae(made, heldout)
+    generator.save_pipeline(model, made, output / "pipeline")
+    return card
+
+
+def _geometry(output: Path, clips: list[Path], heldout: list[Path], steps: int | None) -> dict[str, Any]:
+    from vggrpo.pretraining import geometry
+
+    return _geometry_network(output, "geometry", geometry.TEACHER, geometry.TEACHER_SCHEDULE, clips, heldout, steps)
+
+
+def _judge(output: Path, clips: list[Path], heldout: list[Path], steps: int | None) -> dict[str, Any]:
+    from vggrpo.pretraining import geometry
+
+    return _geometry_network(output, "judge", geometry.JUDGE, geometry.JUDGE_SCHEDULE, clips, heldout, steps)
+
+
+def _geometry_network(
+    output: Path, name: str, config: Any, schedule: Any, clips: list[Path], heldout: list[Path], steps: int | None
+) -> dict[str, Any]:
+    from vggrpo.pretraining.geometry import measure_geometry, train_geometry
+
+    model = train_geometry(clips, output / "work" / name, config, _with_steps(schedule, steps))
+    model.save_pretrained(output / name, torch.float16)
+    return measure_geometry(model, heldout)
+
+
+def _attributes(output: Path, clips: list[Path], heldout: list[Path], steps: int | None) -> dict[str, Any]:
+    from vggrpo.pretraining import attributes
+
+    model = attributes.train_attributes(clips, output / "work" / "attributes", _with_steps(attributes.SCHEDULE, steps))
+    model.save_pretrained(output / "attributes")
+    return attributes.measure_attributes(model, heldout)
+
+
+def _lgm(output: Path, clips: list[Path], heldout: list[Path], steps: int | None) -> dict[str, Any]:
+    from vggrpo.lgm import LGMConfig
+    from vggrpo.models.vggt import VGGT
+    from vggrpo.pretraining import lgm
+
+    for needed in ("pipeline", "geometry"):
+        if not (output / needed).is_dir():
+            raise UserError(
+                f"the LGM needs {output / needed}; run `vggrpo world pretrain {needed} --output {output}` first"
+            )
+    teacher = VGGT.from_pretrained(output / "geometry").requires_grad_(False)
+    data = lgm.LatentClips([output / "latents" / "train" / p.name for p in clips], clips)
+    best = lgm.stitch(teacher, data)[0]
+    config = LGMConfig(
+        geometry="../geometry",
+        vae=lgm.VAE_NAME,
+        latent_channels=data.latents.shape[1],
+        layer=best.layer,
+        lora_rank=lgm.LORA_RANK,
+        lora_alpha=lgm.LORA_RANK,
+    )
+    generated = lgm.generated_clips(output / "pipeline", output / "work" / "generated.safetensors")
+    model = lgm.train_lgm(
+        teacher, data, best, config, output / "work" / "lgm", _with_steps(lgm.SCHEDULE, steps), generated
+    )
+    model.save_pretrained(output / "lgm", torch.float16)
+    test = lgm.LatentClips([output / "latents" / "heldout" / p.name for p in heldout], heldout)
+    return lgm.measure_lgm(model, teacher, test)
+
+
+def _with_steps(schedule: Any, steps: int | None) -> Any:
+    return schedule if steps is None else replace(schedule, steps=steps)

@@ -163,3 +163,10 @@ def save_pipeline(model: Generator, vae: AutoencoderKLWan, directory: Path) -> N
         scheduler=build_scheduler(),
     )
     pipeline.save_pretrained(directory, safe_serialization=True)
+    _name_tokenizer(directory)
+
+
+def _name_tokenizer(directory: Path) -> None:
+    """Name the tokenizer's class as every version of transformers knows it."""
+    for file in (directory / "model_index.json", directory / "tokenizer" / "tokenizer_config.json"):
+        file.write_text(file.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))

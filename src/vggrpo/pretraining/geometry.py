@@ -15,6 +15,8 @@ from vggrpo.pretraining.loop import Schedule, fit
 TEACHER = VGGTConfig()
 JUDGE = VGGTConfig(dim=128, heads=4, conv_layers=5, pairs=2, registers=0, hooks=(1, 2), head_features=40, mlp_ratio=2.0)
 BATCH = 8
+TEACHER_SCHEDULE = Schedule(steps=6000, lr=1e-3)
+JUDGE_SCHEDULE = Schedule(steps=6000, lr=1.2e-3, seed=7)
 
 
 def train_geometry(shards: list[Path], folder: Path, config: VGGTConfig, schedule: Schedule, bf16: bool = True) -> VGGT:

@@ -10,18 +10,24 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from vggrpo.lgm.losses import geometry_errors, geometry_loss, unit_depth
 from vggrpo.lgm.model import LatentGeometryModel, LGMConfig
 from vggrpo.lgm.search import StitchFit, search_layers
 from vggrpo.models.vggt import VGGT
+from vggrpo.models.wan import WanVideoModel
 from vggrpo.pretraining.data import Shards
 from vggrpo.pretraining.loop import Schedule, fit
+from vggrpo.sampling import ode_sample
+from vggrpo.world import sample_prompts
 
 SCHEDULE = Schedule(steps=3000, lr=1e-3, ema=0.999, weight_decay=0.0, seed=3)
 BATCH = 8
 GENERATED_SHARE = 0.25
+LORA_RANK = 48
+VAE_NAME = "embedded AutoencoderKLWan, 8x8x4, 16 channels"
 
 
 class LatentClips:
@@ -114,3 +120,24 @@ def measure_lgm(
             for key, value in geometry_errors(prediction, target).items():
                 rows[name].setdefault(key, []).append(value)
     return {name: {k: torch.cat(v).nanmean().item() for k, v in errors.items()} for name, errors in rows.items()}
+
+
+@torch.no_grad()
+def generated_clips(pipeline: Path, cache: Path, prompts: int = 256, batch: int = 16) -> tuple[Tensor, Tensor]:
+    """Clips of the base generator: latents (N, C, T', H', W') and RGB views (N, S, 3, H, W), float16; kept.
+
+    `cache` is the file they are read from the next time.
+    """
+    if not cache.exists():
+        model = WanVideoModel.from_pretrained(pipeline)
+        shape = model.latent_spec.latent_shape(17, 64, 64)
+        texts = sample_prompts(prompts, seed=5)
+        latents, views = [], []
+        for low in range(0, prompts, batch):
+            text = model.encode_prompt(texts[low : low + batch])
+            latents.append(ode_sample(model, text, shape=shape, seeds=list(range(low, low + len(text))), num_steps=20))
+            views.append(model.decode(latents[-1])[:, :, ::4].transpose(1, 2).half())
+        temporary = cache.with_suffix(".tmp")
+        save_file({"latents": torch.cat(latents).half(), "views": torch.cat(views).contiguous()}, temporary)
+        temporary.replace(cache)
+    return _read(cache, "latents"), _read(cache, "views")

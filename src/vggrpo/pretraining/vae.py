@@ -79,3 +79,15 @@ def latent_statistics(vae: AutoencoderKLWan, data: Shards, clips: int = 512) -> 
     ]
     flat = torch.cat(latents).transpose(0, 1).flatten(1)
     return flat.mean(1).tolist(), flat.std(1).tolist()
+
+
+@torch.no_grad()
+def measure_vae(vae: AutoencoderKLWan, heldout: list[Path], clips: int = 128) -> dict[str, float]:
+    """Mean PSNR of held-out clips, decibels."""
+    data = Shards.load(heldout, truth=False)
+    rows = []
+    for low in range(0, min(clips, len(data)), 8):
+        video = data.video(torch.arange(low, min(low + 8, clips, len(data)))) * 2 - 1
+        output = vae.decode(vae.encode(video).latent_dist.mean).sample.clamp(-1, 1)
+        rows.append(-10 * ((output - video) / 2).square().mean(dim=(1, 2, 3, 4)).log10())
+    return {"psnr": torch.cat(rows).mean().item()}

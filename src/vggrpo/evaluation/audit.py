@@ -1,0 +1,149 @@
+"""The reward audit: is what an LGM says about a clip signal or noise? Ask before training on it.
+
+Three questions: how large is its reprojection error on clips that are perfectly consistent (the floor), against that of
+the base generator's clips; do its terms follow shake and wobble of known size; does it agree with an independent judge
+on generated clips?
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from vggrpo import assets
+from vggrpo.evaluation.statistics import spearman, within_group_spearman
+from vggrpo.geometry import GeometryPrediction
+from vggrpo.io.atomic import atomic_write_json, ensure_directory
+from vggrpo.lgm import LatentGeometryModel
+from vggrpo.models.vggt import VGGT
+from vggrpo.models.wan import WanVideoModel
+from vggrpo.rewards import camera_motion_smoothness, geometry_reprojection_consistency
+from vggrpo.sampling import ode_sample
+from vggrpo.world import sample_batch, sample_prompts
+from vggrpo.world.perturb import wobble
+
+TERMS = ("e_trans", "e_rot", "e_geo")
+AUDIT_SEED = 20_000_000  # rendered clips that nothing was trained on
+GROUP = 4
+STEPS = 10
+# The bars: floor / base, Spearman with the truth, Spearman with the judge within a group.
+MAX_FLOOR, MIN_TRUTH, MIN_JUDGE = 0.5, 0.5, 0.4
+
+
+def audit_reward(
+    lgm: str | Path, output: str | Path, *, clips: int = 96, seed: int = 0, batch: int = 8
+) -> dict[str, Any]:
+    """Audit an LGM on the embedded world; prints a table, writes `OUTPUT/audit.json` and returns its content.
+
+    Args:
+        lgm: directory, or "embedded".
+        clips: rendered clips of each kind, and generated clips (in groups of four per prompt).
+        seed: offset of all seeds.
+    """
+    model = LatentGeometryModel.from_pretrained(assets.path("lgm") if str(lgm) == "embedded" else lgm)
+    judge = VGGT.from_pretrained(assets.path("judge"))
+    video_model = WanVideoModel.from_pretrained(assets.path("pipeline"))
+    rendered = _rendered_terms(model, judge, video_model, clips, seed, batch)
+    generated = _generated_terms(model, judge, video_model, clips, seed, batch)
+    floor, base = _mean(rendered["smooth"]["lgm"]["e_geo"]), _mean(generated["lgm"]["e_geo"])
+    both = {
+        who: {t: torch.cat([rendered[k][who][t] for k in ("smooth", "handheld")]) for t in TERMS[:2]}
+        for who in ("lgm", "truth")
+    }
+    truth = {t: _correlation(both["lgm"][t], both["truth"][t]) for t in TERMS[:2]}
+    truth["e_geo"] = _correlation(rendered["wobble"]["lgm"]["e_geo"], rendered["wobble"]["truth"]["e_geo"])
+    groups = [i // GROUP for i in range(len(generated["lgm"]["e_geo"]))]
+    agreement = {t: _correlation(generated["lgm"][t], generated["judge"][t], groups) for t in TERMS}
+    passed = floor <= MAX_FLOOR * base and min(truth.values()) >= MIN_TRUTH and min(agreement.values()) >= MIN_JUDGE
+    result = {
+        "floor": floor, "base_value": base, "ratio": floor / base, "spearman_truth": truth, "spearman_judge": agreement,
+        "floor_judge": _mean(rendered["smooth"]["judge"]["e_geo"]), "base_value_judge": _mean(generated["judge"]["e_geo"]),
+        "clips": clips, "seed": seed, "passed": bool(passed),
+    }  # fmt: skip
+    atomic_write_json(ensure_directory(output) / "audit.json", result)
+    _print(result)
+    return result
+
+
+def _terms(prediction: GeometryPrediction) -> dict[str, Tensor]:
+    return {k: v for r in (camera_motion_smoothness(prediction), geometry_reprojection_consistency(prediction))
+            for k, v in r.terms.items() if k in TERMS}  # fmt: skip
+
+
+@torch.inference_mode()
+def _rendered_terms(
+    lgm: LatentGeometryModel, judge: VGGT, video_model: WanVideoModel, clips: int, seed: int, batch: int
+) -> dict[str, dict[str, dict[str, Tensor]]]:
+    """Terms of rendered clips by kind (smooth, handheld, wobble) and by who measures (lgm, judge, truth)."""
+    rows: dict[str, dict[str, list[dict[str, Tensor]]]] = {}
+    for low in range(0, clips, batch):
+        seeds = range(AUDIT_SEED + seed + low, AUDIT_SEED + seed + min(low + batch, clips))
+        smooth = sample_batch(seeds, shake="smooth")
+        # From none to four pixels, so that a rank correlation has something to order.
+        amplitude = 4 * torch.rand(len(seeds), generator=torch.Generator().manual_seed(seed + low))
+        worlds = {
+            "smooth": smooth,
+            "handheld": sample_batch(seeds, shake="handheld"),
+            "wobble": wobble(smooth, amplitude, seed + low),
+        }
+        for kind, world in worlds.items():
+            target = rows.setdefault(kind, {"lgm": [], "judge": [], "truth": []})
+            target["lgm"].append(_terms(lgm(video_model.encode_video(world.video))))
+            target["judge"].append(_terms(judge(world.views().video.transpose(1, 2))))
+            target["truth"].append(_terms(world.geometry()))
+    return {kind: {who: _joined(parts) for who, parts in by.items()} for kind, by in rows.items()}
+
+
+@torch.inference_mode()
+def _generated_terms(
+    lgm: LatentGeometryModel, judge: VGGT, video_model: WanVideoModel, clips: int, seed: int, batch: int
+) -> dict[str, dict[str, Tensor]]:
+    """Terms of the base generator's clips, `GROUP` a prompt in a row."""
+    prompts = [p for p in sample_prompts(max(1, clips // GROUP), seed + 1, split="heldout") for _ in range(GROUP)]
+    shape = video_model.latent_spec.latent_shape(17, 64, 64)
+    rows: dict[str, list[dict[str, Tensor]]] = {"lgm": [], "judge": []}
+    for low in range(0, len(prompts), batch):
+        part = prompts[low : low + batch]
+        seeds = list(range(seed + low, seed + low + len(part)))
+        latents = ode_sample(video_model, video_model.encode_prompt(part), shape=shape, seeds=seeds, num_steps=STEPS)
+        rows["lgm"].append(_terms(lgm(latents)))
+        rows["judge"].append(_terms(judge(video_model.decode(latents)[:, :, ::4].transpose(1, 2))))
+    return {who: _joined(parts) for who, parts in rows.items()}
+
+
+def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([p[name] for p in parts]) for name in TERMS}
+
+
+def _mean(values: Tensor) -> float:
+    return values.nanmean().item()
+
+
+def _correlation(first: Tensor, second: Tensor, groups: list[int] | None = None) -> float:
+    """Spearman over clips that both could judge; within groups when they are given."""
+    ok = (first.isfinite() & second.isfinite()).nonzero().flatten().tolist()
+    a, b = first[ok].numpy(), second[ok].numpy()
+    return spearman(a, b) if groups is None else within_group_spearman(a, b, [groups[i] for i in ok])
+
+
+def _print(result: dict[str, Any]) -> None:
+    table = Table(title="Reward audit: " + ("passed" if result["passed"] else "NOT passed"))
+    for column in ("question", "value", "bar"):
+        table.add_column(column)
+    table.add_row(
+        "e_geo on consistent clips / on base clips",
+        f"{result['floor']:.4f} / {result['base_value']:.4f} = {result['ratio']:.2f}",
+        f"<= {MAX_FLOOR}",
+    )
+    for term in TERMS:
+        table.add_row(f"Spearman with the truth, {term}", f"{result['spearman_truth'][term]:.2f}", f">= {MIN_TRUTH}")
+    for term in TERMS:
+        table.add_row(
+            f"Spearman with the judge in a group, {term}", f"{result['spearman_judge'][term]:.2f}", f">= {MIN_JUDGE}"
+        )
+    Console().print(table)
