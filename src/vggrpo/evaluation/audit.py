@@ -62,7 +62,8 @@ def audit_reward(
     passed = floor <= MAX_FLOOR * base and min(truth.values()) >= MIN_TRUTH and min(agreement.values()) >= MIN_JUDGE
     result = {
         "floor": floor, "base_value": base, "ratio": floor / base, "spearman_truth": truth, "spearman_judge": agreement,
-        "floor_judge": _mean(rendered["smooth"]["judge"]["e_geo"]), "base_value_judge": _mean(generated["judge"]["e_geo"]),
+        "floor_judge": _mean(rendered["smooth"]["judge"]["e_geo"]),
+        "base_value_judge": _mean(generated["judge"]["e_geo"]),
         "clips": clips, "seed": seed, "passed": bool(passed),
     }  # fmt: skip
     atomic_write_json(ensure_directory(output) / "audit.json", result)
