@@ -153,9 +153,9 @@ class LatentGeometryModel(nn.Module):
         self.special.copy_(state["special"])
         if self.config.lora_rank:
             lora = {k.removeprefix("lora."): v for k, v in state.items() if k.startswith("lora.")}
-            missed = set_peft_model_state_dict(self.geometry, lora)
-            if not lora or missed.unexpected_keys:
-                raise KeyError("the LoRA's names match no layer of the geometry model")
+            if set(lora) != set(get_peft_model_state_dict(self.geometry)):
+                raise KeyError("the LoRA's names are not those of the geometry model's layers")
+            set_peft_model_state_dict(self.geometry, lora)
 
     def _check(self, latents: Tensor) -> None:
         if latents.ndim != 5 or latents.shape[1] != self.config.latent_channels:
