@@ -5,6 +5,7 @@ Trained by flow matching on latents.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -164,9 +165,17 @@ def save_pipeline(model: Generator, vae: AutoencoderKLWan, directory: Path) -> N
     )
     pipeline.save_pretrained(directory, safe_serialization=True)
     _name_tokenizer(directory)
+    _forget_origin(directory / "vae" / "config.json")
 
 
 def _name_tokenizer(directory: Path) -> None:
     """Name the tokenizer's class as every version of transformers knows it."""
     for file in (directory / "model_index.json", directory / "tokenizer" / "tokenizer_config.json"):
         file.write_text(file.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
+
+
+def _forget_origin(config: Path) -> None:
+    """Drop the folder that a part was loaded from: it means nothing to others."""
+    values = json.loads(config.read_text())
+    values.pop("_name_or_path", None)
+    config.write_text(json.dumps(values, indent=2) + "\n")
