@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from vggrpo.geometry.se3 import rotation_angle
 from vggrpo.lgm.losses import geometry_errors, geometry_loss, unit_depth
 from vggrpo.models.vggt import VGGT, VGGTConfig
 from vggrpo.pretraining.data import Shards, augment
@@ -51,8 +52,6 @@ def measure_geometry(model: VGGT, heldout: list[Path], clips: int = 256) -> dict
 
 def mean_pose_errors(cam2world: Tensor) -> dict[str, float]:
     """Translation and rotation error of the constant answer "the mean pose of each view"; cam2world (N, S, 4, 4)."""
-    from vggrpo.geometry.se3 import rotation_angle
-
     centres = cam2world[:, 1:, :3, 3]
     u, _, vh = torch.linalg.svd(cam2world[:, 1:, :3, :3].mean(0))
     mean_rotation = u @ vh
