@@ -72,4 +72,4 @@ def test_audit_reward(monkeypatch):
 def test_world_pretrain(monkeypatch):
     call = stand_in(monkeypatch, "vggrpo.pretraining", "pretrain")
     assert main(["world", "pretrain", "judge", "--output", "out"]) == 0
-    call.assert_called_once_with("judge", Path("out"))
+    call.assert_called_once_with("judge", Path("out"), steps=None, start=None)

@@ -52,14 +52,20 @@ def _add_pretrain(actions: Subparsers) -> None:
     )
     pretrain.add_argument("model", choices=NAMES, help="which one")
     pretrain.add_argument("--output", type=Path, default=Path("runs/pretrain"), help="directory (default: %(default)s)")
+    pretrain.add_argument("--steps", type=at_least(1), default=None, help="optimizer steps (default: the recipe's)")
+    pretrain.add_argument(
+        "--start", default=None, metavar="DIR", help='go on from the models in DIR, or from the "shipped" ones'
+    )
     pretrain.set_defaults(run=run_pretrain, resume=GO_ON)
 
 
 def run_pretrain(arguments: argparse.Namespace) -> None:
     """Train one shipped model."""
+    from vggrpo import assets
     from vggrpo.pretraining import pretrain
 
-    pretrain(arguments.model, arguments.output)
+    start = assets.path(arguments.model).parent if arguments.start == "shipped" else arguments.start
+    pretrain(arguments.model, arguments.output, steps=arguments.steps, start=start)
 
 
 def run_sample(arguments: argparse.Namespace) -> None:

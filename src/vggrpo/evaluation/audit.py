@@ -16,6 +16,7 @@ from rich.table import Table
 from torch import Tensor
 
 from vggrpo import assets
+from vggrpo.evaluation.audit_page import write_audit_page
 from vggrpo.evaluation.statistics import spearman, within_group_spearman
 from vggrpo.geometry import GeometryPrediction
 from vggrpo.io.atomic import atomic_write_json, ensure_directory
@@ -36,18 +37,27 @@ MAX_FLOOR, MIN_TRUTH, MIN_JUDGE = 0.5, 0.5, 0.4
 
 
 def audit_reward(
-    lgm: str | Path, output: str | Path, *, clips: int = 96, seed: int = 0, batch: int = 8
+    lgm: str | Path,
+    output: str | Path,
+    *,
+    clips: int = 96,
+    seed: int = 0,
+    batch: int = 8,
+    models: Path | None = None,
 ) -> dict[str, Any]:
-    """Audit an LGM on the embedded world; prints a table, writes `OUTPUT/audit.json` and returns its content.
+    """Audit an LGM on the embedded world; prints a table, writes `audit.json` (which it returns) and `audit.html`.
+
+    Training looks for `audit.json` in the LGM's own directory; with that as `output` the LGM carries its audit along.
 
     Args:
         lgm: directory, or "embedded".
         clips: rendered clips of each kind, and generated clips (in groups of four per prompt).
         seed: offset of all seeds.
+        models: directory with `judge` and `pipeline`; default: the shipped ones.
     """
     model = LatentGeometryModel.from_pretrained(assets.path("lgm") if str(lgm) == "embedded" else lgm)
-    judge = VGGT.from_pretrained(assets.path("judge"))
-    video_model = WanVideoModel.from_pretrained(assets.path("pipeline"))
+    judge_path, pipeline = (assets.path(n) if models is None else models / n for n in ("judge", "pipeline"))
+    judge, video_model = VGGT.from_pretrained(judge_path), WanVideoModel.from_pretrained(pipeline)
     rendered = _rendered_terms(model, judge, video_model, clips, seed, batch)
     generated = _generated_terms(model, judge, video_model, clips, seed, batch)
     floor, base = _mean(rendered["smooth"]["lgm"]["e_geo"]), _mean(generated["lgm"]["e_geo"])
@@ -67,6 +77,7 @@ def audit_reward(
         "clips": clips, "seed": seed, "passed": bool(passed),
     }  # fmt: skip
     atomic_write_json(ensure_directory(output) / "audit.json", result)
+    write_audit_page(Path(output) / "audit.html", result, rendered, generated, groups)
     _print(result)
     return result
 

@@ -21,8 +21,8 @@ CONF_SCALE = 0.05
 WEIGHTS = {
     "depth": 1.0,
     "slope": 0.5,
-    "translation": 2.0,
-    "rotation": 2.0,
+    "translation": 4.0,
+    "rotation": 4.0,
     "focal": 0.5,
     "points": 0.5,
     "conf": 0.05,

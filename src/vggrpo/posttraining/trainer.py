@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import json
 import logging
 import signal
 import threading
@@ -203,8 +204,22 @@ def load_lgm(path: str, device: torch.device) -> GeometryReader:
     """The configured LGM, frozen, on the model's device."""
     from vggrpo.lgm import LatentGeometryModel
 
-    lgm = LatentGeometryModel.from_pretrained(assets.path("lgm") if path == EMBEDDED else path)
+    directory = assets.path("lgm") if path == EMBEDDED else Path(path)
+    lgm = LatentGeometryModel.from_pretrained(directory)
+    _warn_unaudited(directory)
     return lgm.to(device).eval().requires_grad_(False)
+
+
+def _warn_unaudited(lgm: Path) -> None:
+    """Say so when nothing shows that this LGM's reward is signal (METHOD section 2)."""
+    audit = lgm / "audit.json"
+    if not audit.is_file():
+        logger.warning(
+            "the LGM in %s was never audited: its reward may be noise; run `vggrpo audit-reward --lgm %s --output %s`",
+            lgm, lgm, lgm,
+        )  # fmt: skip
+    elif not json.loads(audit.read_text()).get("passed"):
+        logger.warning("the LGM in %s does not pass its reward audit (%s): its reward is mostly noise", lgm, audit)
 
 
 def _check_resume(checkpoint: Checkpoint | None, config: TrainConfig, fingerprint: str) -> None:

@@ -21,7 +21,9 @@ from vggrpo.errors import UserError
 SHARDS, HELDOUT_SHARDS = 40, 1
 
 
-def pretrain(name: str, output: str | Path, *, shards: int = SHARDS, steps: int | None = None) -> Path:
+def pretrain(
+    name: str, output: str | Path, *, shards: int = SHARDS, steps: int | None = None, start: str | Path | None = None
+) -> Path:
     """Train one of the shipped models and measure it on held-out clips.
 
     Args:
@@ -29,6 +31,8 @@ def pretrain(name: str, output: str | Path, *, shards: int = SHARDS, steps: int 
         output: directory of all recipes; rendered clips are shared.
         shards: training clips, in shards of 256.
         steps: optimizer steps; default as in the recipe.
+        start: directory of models to go on from (one a name, as this writes them) instead of from random weights; the
+            LGM starts from its closed-form stitch in any case.
 
     Returns:
         The finished model's directory, with its held-out numbers in `card.json`.
@@ -41,7 +45,10 @@ def pretrain(name: str, output: str | Path, *, shards: int = SHARDS, steps: int 
     output = Path(output)
     torch.manual_seed(0)
     clips, heldout = render(output, shards)
-    card = makers[name](output, clips, heldout, steps)
+    before = None if start is None else Path(start) / name
+    if before is not None and not before.is_dir():
+        raise UserError(f"there is no model to start from in {before}")
+    card = makers[name](output, clips, heldout, steps, before)
     (output / name / "card.json").write_text(json.dumps(card, indent=2) + "\n")
     print(json.dumps(card))
     return output / name
@@ -57,54 +64,82 @@ def render(output: Path, shards: int) -> tuple[list[Path], list[Path]]:
     return [render_shard(output / "data" / "train", i) for i in range(shards)], heldout
 
 
-def _pipeline(output: Path, clips: list[Path], heldout: list[Path], steps: int | None) -> dict[str, Any]:
+def _pipeline(
+    output: Path, clips: list[Path], heldout: list[Path], steps: int | None, start: Path | None
+) -> dict[str, Any]:
+    from diffusers import WanPipeline
+
     from vggrpo.pretraining import generator, vae
     from vggrpo.pretraining.data import Shards
 
-    made = vae.train_vae(clips, output / "work" / "vae", _with_steps(vae.SCHEDULE, steps))
+    before = None if start is None else WanPipeline.from_pretrained(start)
+    first_vae = None if before is None else before.vae
+    made = vae.train_vae(clips, output / "work" / "vae", _with_steps(vae.SCHEDULE, steps), start=first_vae)
     latents = [generator.encode_latents(made, path, output / "latents" / path.parent.name) for path in clips]
     for path in heldout:
         generator.encode_latents(made, path, output / "latents" / path.parent.name)
     texts = Shards.load(clips, video=False, truth=False).texts
     model = generator.train_generator(
-        latents, texts, output / "work" / "generator", _with_steps(generator.SCHEDULE, steps)
+        latents, texts, output / "work" / "generator", _with_steps(generator.SCHEDULE, steps), start=before
     )
     card = vae.measure_vae(made, heldout)
     generator.save_pipeline(model, made, output / "pipeline")
     return card
 
 
-def _geometry(output: Path, clips: list[Path], heldout: list[Path], steps: int | None) -> dict[str, Any]:
+def _geometry(
+    output: Path, clips: list[Path], heldout: list[Path], steps: int | None, start: Path | None
+) -> dict[str, Any]:
     from vggrpo.pretraining import geometry
 
-    return _geometry_network(output, "geometry", geometry.TEACHER, geometry.TEACHER_SCHEDULE, clips, heldout, steps)
+    return _geometry_network(
+        output, "geometry", geometry.TEACHER, geometry.TEACHER_SCHEDULE, clips, heldout, steps, start
+    )
 
 
-def _judge(output: Path, clips: list[Path], heldout: list[Path], steps: int | None) -> dict[str, Any]:
+def _judge(
+    output: Path, clips: list[Path], heldout: list[Path], steps: int | None, start: Path | None
+) -> dict[str, Any]:
     from vggrpo.pretraining import geometry
 
-    return _geometry_network(output, "judge", geometry.JUDGE, geometry.JUDGE_SCHEDULE, clips, heldout, steps)
+    return _geometry_network(output, "judge", geometry.JUDGE, geometry.JUDGE_SCHEDULE, clips, heldout, steps, start)
 
 
 def _geometry_network(
-    output: Path, name: str, config: Any, schedule: Any, clips: list[Path], heldout: list[Path], steps: int | None
+    output: Path,
+    name: str,
+    config: Any,
+    schedule: Any,
+    clips: list[Path],
+    heldout: list[Path],
+    steps: int | None,
+    start: Path | None,
 ) -> dict[str, Any]:
+    from vggrpo.models.vggt import VGGT
     from vggrpo.pretraining.geometry import measure_geometry, train_geometry
 
-    model = train_geometry(clips, output / "work" / name, config, _with_steps(schedule, steps))
+    before = None if start is None else VGGT.from_pretrained(start)
+    model = train_geometry(clips, output / "work" / name, config, _with_steps(schedule, steps), start=before)
     model.save_pretrained(output / name, torch.float16)
     return measure_geometry(model, heldout)
 
 
-def _attributes(output: Path, clips: list[Path], heldout: list[Path], steps: int | None) -> dict[str, Any]:
+def _attributes(
+    output: Path, clips: list[Path], heldout: list[Path], steps: int | None, start: Path | None
+) -> dict[str, Any]:
+    from vggrpo.models.attributes import AttributeClassifier
     from vggrpo.pretraining import attributes
 
-    model = attributes.train_attributes(clips, output / "work" / "attributes", _with_steps(attributes.SCHEDULE, steps))
+    before = None if start is None else AttributeClassifier.from_pretrained(start)
+    model = attributes.train_attributes(
+        clips, output / "work" / "attributes", _with_steps(attributes.SCHEDULE, steps), start=before
+    )
     model.save_pretrained(output / "attributes")
     return attributes.measure_attributes(model, heldout)
 
 
-def _lgm(output: Path, clips: list[Path], heldout: list[Path], steps: int | None) -> dict[str, Any]:
+def _lgm(output: Path, clips: list[Path], heldout: list[Path], steps: int | None, start: Path | None) -> dict[str, Any]:
+    from vggrpo.evaluation.audit import audit_reward
     from vggrpo.lgm import LGMConfig
     from vggrpo.models.vggt import VGGT
     from vggrpo.pretraining import lgm
@@ -130,6 +165,8 @@ def _lgm(output: Path, clips: list[Path], heldout: list[Path], steps: int | None
         teacher, data, best, config, output / "work" / "lgm", _with_steps(lgm.SCHEDULE, steps), generated
     )
     model.save_pretrained(output / "lgm", torch.float16)
+    if (output / "judge").is_dir():  # training asks for an audit beside the LGM
+        audit_reward(output / "lgm", output / "lgm", clips=lgm.AUDIT_CLIPS, models=output)
     test = lgm.LatentClips([output / "latents" / "heldout" / p.name for p in heldout], heldout)
     return lgm.measure_lgm(model, teacher, test)
 

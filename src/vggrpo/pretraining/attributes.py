@@ -25,9 +25,16 @@ LABELS = (
 
 
 def train_attributes(
-    shards: list[Path], folder: Path, schedule: Schedule = SCHEDULE, bf16: bool = True
+    shards: list[Path],
+    folder: Path,
+    schedule: Schedule = SCHEDULE,
+    bf16: bool = True,
+    start: AttributeClassifier | None = None,
 ) -> AttributeClassifier:
-    """Train on clips and their mirror images, with light noise so that VAE artefacts do not matter."""
+    """Train from scratch, or on from `start`, on clips and their mirror images.
+
+    With light noise, so that VAE artefacts do not matter.
+    """
     data = Shards.load(shards, truth=False)
     labels = torch.stack(
         [
@@ -47,7 +54,10 @@ def train_attributes(
             logits = model(video)
         return F.binary_cross_entropy_with_logits(logits.float(), labels[index, mirrored]), {}
 
-    return fit(AttributeClassifier(LABELS), loss, schedule, folder)
+    classifier = AttributeClassifier(LABELS)
+    if start is not None:
+        classifier.load_state_dict(start.state_dict())
+    return fit(classifier, loss, schedule, folder)
 
 
 @torch.no_grad()

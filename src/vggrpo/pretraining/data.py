@@ -1,6 +1,6 @@
 """Rendered clips on disk: shards of safetensors that all recipes share.
 
-A shard holds `video` (N, 3, T, H, W) uint8 and the truth of the views 0, 4, 8, ...: `depth`, `cam2world`, `intrinsics`,
+A shard holds `video` (N, 3, T, H, W) uint8 and the truth of every frame: `depth` (float16), `cam2world`, `intrinsics`,
 `object_id`, `object_pose`, `moves`; captions and attributes travel in the header. Shards are made from consecutive
 seeds, so a shard's number says which clips it holds, and a killed run goes on with the next one.
 """
@@ -42,16 +42,16 @@ def render_shard(
     parts: dict[str, list[Tensor]] = {}
     texts: list[dict] = []
     for low in range(start, start + SHARD_SIZE, batch):
-        world = sample_batch(range(low, low + batch), split=split)
-        views = world.views()
+        world = sample_batch(range(low, min(low + batch, start + SHARD_SIZE)), split=split)
         parts.setdefault("video", []).append((world.video * 255).round().to(torch.uint8))
-        for name in _TRUTH[:-1]:
-            parts.setdefault(name, []).append(getattr(views, name))
+        parts.setdefault("depth", []).append(world.depth.half())  # to 5e-4: half a gigabyte less a thousand clips
+        for name in _TRUTH[1:-1]:
+            parts.setdefault(name, []).append(getattr(world, name))
         texts += [
             {"caption": c, "attributes": a, "handheld": h}
             for c, a, h in zip(world.captions, world.attributes, world.handheld, strict=True)
         ]
-    tensors = {name: torch.cat(rows) for name, rows in parts.items()} | {"frame_index": views.frame_index.contiguous()}
+    tensors = {name: torch.cat(rows) for name, rows in parts.items()} | {"frame_index": world.frame_index.contiguous()}
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     save_file(tensors, temporary, metadata={"texts": json.dumps(texts)})
     temporary.replace(path)
@@ -84,12 +84,21 @@ class Shards:
         """Frames (B, 3, T, H, W) in [0, 1]."""
         return self.tensors["video"][index].float() / 255
 
-    def world(self, index: Tensor) -> WorldBatch:
-        """The clips `index` at view rate with their truth; `video` holds the views' frames alone."""
+    def world(self, index: Tensor, first: int = 0, every: int = 4, views: int = 5) -> WorldBatch:
+        """The clips `index` with their truth: frames `first`, `first + every`, ..., the world anchored at the first."""
         t = self.tensors
-        frame_index = t["frame_index"]
-        picked = {name: t[name][index] for name in _TRUTH[:-1]}
-        return WorldBatch(video=t["video"][index][:, :, frame_index].float() / 255, frame_index=frame_index, **picked)
+        frames = first + every * torch.arange(views)
+        to_first = torch.linalg.inv(t["cam2world"][index, first])[:, None]
+        return WorldBatch(
+            video=t["video"][index][:, :, frames].float() / 255,
+            depth=t["depth"][index][:, frames].float(),
+            cam2world=to_first @ t["cam2world"][index][:, frames],
+            intrinsics=t["intrinsics"][index][:, frames],
+            object_id=t["object_id"][index][:, frames],
+            object_pose=to_first[:, None] @ t["object_pose"][index][:, :, frames],
+            moves=t["moves"][index],
+            frame_index=t["frame_index"][frames],
+        )
 
 
 def augment(world: WorldBatch, generator: torch.Generator) -> WorldBatch:

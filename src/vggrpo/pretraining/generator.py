@@ -100,9 +100,17 @@ class Generator(nn.Module):
 
 
 def train_generator(
-    latents: list[Path], texts: list[dict], folder: Path, schedule: Schedule = SCHEDULE, bf16: bool = True
+    latents: list[Path],
+    texts: list[dict],
+    folder: Path,
+    schedule: Schedule = SCHEDULE,
+    bf16: bool = True,
+    start: WanPipeline | None = None,
 ) -> Generator:
-    """Flow matching: `x_t = (1 - t) x0 + t eps`, target `eps - x0`. Captions are worded anew at every visit."""
+    """Train from scratch, or on from the networks of `start`.
+
+    Flow matching: `x_t = (1 - t) x0 + t eps`, target `eps - x0`. Captions are worded anew at every visit.
+    """
     columns: dict[str, list[Tensor]] = {"latents": [], "mirrored": []}
     for path in latents:
         with safe_open(path, "pt") as file:
@@ -112,6 +120,9 @@ def train_generator(
     attributes = [[t["attributes"] for t in texts], [mirrored_attributes(t["attributes"]) for t in texts]]
     torch.manual_seed(schedule.seed)
     generator_model = Generator()
+    if start is not None:
+        generator_model.transformer.load_state_dict(start.transformer.float().state_dict())
+        generator_model.text_encoder.load_state_dict(start.text_encoder.float().state_dict())
 
     def loss(model: Generator, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         index = torch.randint(data.shape[1], (BATCH,), generator=generator)

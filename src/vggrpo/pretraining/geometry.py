@@ -12,26 +12,49 @@ from vggrpo.lgm.losses import geometry_errors, geometry_loss, unit_depth
 from vggrpo.models.vggt import VGGT, VGGTConfig
 from vggrpo.pretraining.data import Shards, augment
 from vggrpo.pretraining.loop import Schedule, fit
+from vggrpo.pretraining.matching import Matched
 
 TEACHER = VGGTConfig()
 JUDGE = VGGTConfig(dim=128, heads=4, conv_layers=5, pairs=2, registers=0, hooks=(1, 2), head_features=40, mlp_ratio=2.0)
 BATCH = 8
+MATCH_WEIGHT = 0.15
+NEAR_SHARE = 0.7
 TEACHER_SCHEDULE = Schedule(steps=6000, lr=1e-3)
 JUDGE_SCHEDULE = Schedule(steps=6000, lr=1.2e-3, seed=7)
 
 
-def train_geometry(shards: list[Path], folder: Path, config: VGGTConfig, schedule: Schedule, bf16: bool = True) -> VGGT:
-    """Train a network from scratch on the truth of rendered clips (views 0, 4, 8, ...)."""
+def train_geometry(
+    shards: list[Path],
+    folder: Path,
+    config: VGGTConfig,
+    schedule: Schedule,
+    bf16: bool = True,
+    start: VGGT | None = None,
+) -> VGGT:
+    """Train a network from scratch, or on from `start`, on the truth of rendered clips.
+
+    Most batches are views 0, 4, 8, ... as in use; the others begin anywhere and lie nearer, more of them early on.
+    """
     data = Shards.load(shards)
     torch.manual_seed(schedule.seed)
 
-    def loss(model: VGGT, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        world = augment(data.world(torch.randint(len(data), (BATCH,), generator=generator)), generator)
+    def loss(model: Matched, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        every, first = 4, 0
+        if torch.rand((), generator=generator) < NEAR_SHARE * max(0.3, 1 - 4 * step / schedule.steps):
+            every = int(torch.randint(1, 4, (), generator=generator))
+            first = int(torch.randint(17 - 4 * every, (), generator=generator))
+        index = torch.randint(len(data), (BATCH,), generator=generator)
+        world = augment(data.world(index, first, every), generator)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            prediction, raw = model.predict(world.video.transpose(1, 2))
-        return geometry_loss(prediction, raw, unit_depth(world.geometry(every=1)))
+            prediction, raw = model.network.predict(world.video.transpose(1, 2))
+            match = model.loss(world)
+        value, logs = geometry_loss(prediction, raw, unit_depth(world.geometry(every=1)))
+        return value + MATCH_WEIGHT * match, logs | {"match": match.item()}
 
-    return fit(VGGT(config), loss, schedule, folder)
+    network = VGGT(config)
+    if start is not None:
+        network.load_state_dict(start.state_dict())
+    return fit(Matched(network), loss, schedule, folder).network
 
 
 @torch.no_grad()
@@ -41,7 +64,7 @@ def measure_geometry(model: VGGT, heldout: list[Path], clips: int = 256) -> dict
     rows: dict[str, list[Tensor]] = {}
     targets = []
     for low in range(0, min(clips, len(data)), 16):
-        world = data.world(torch.arange(low, min(low + 16, clips)))
+        world = data.world(torch.arange(low, min(low + 16, clips, len(data))))
         target = world.geometry(every=1)
         targets.append(unit_depth(target).cam2world)
         for name, value in geometry_errors(model(world.video.transpose(1, 2)), target).items():

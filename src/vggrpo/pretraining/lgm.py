@@ -27,6 +27,8 @@ SCHEDULE = Schedule(steps=3000, lr=1e-3, ema=0.999, weight_decay=0.0, seed=3)
 BATCH = 8
 GENERATED_SHARE = 0.25
 LORA_RANK = 48
+GENERATED_PROMPTS = 256
+AUDIT_CLIPS = 96
 VAE_NAME = "embedded AutoencoderKLWan, 8x8x4, 16 channels"
 
 
@@ -54,7 +56,8 @@ def _read(path: Path, name: str) -> Tensor:
 
 def stitch(teacher: VGGT, clips: LatentClips, train: int = 768, heldout: int = 128) -> list[StitchFit]:
     """Closed-form connectors of all stitch points, best held-out R^2 first."""
-    return search_layers(teacher, clips.pairs(0, train), clips.pairs(train, train + heldout), stride=1)
+    train = min(train, len(clips) * 6 // 7)
+    return search_layers(teacher, clips.pairs(0, train), clips.pairs(train, min(train + heldout, len(clips))), stride=1)
 
 
 def train_lgm(
@@ -123,13 +126,14 @@ def measure_lgm(
 
 
 @torch.no_grad()
-def generated_clips(pipeline: Path, cache: Path, prompts: int = 256, batch: int = 16) -> tuple[Tensor, Tensor]:
+def generated_clips(pipeline: Path, cache: Path, prompts: int | None = None, batch: int = 16) -> tuple[Tensor, Tensor]:
     """Clips of the base generator: latents (N, C, T', H', W') and RGB views (N, S, 3, H, W), float16; kept.
 
     `cache` is the file they are read from the next time.
     """
     if not cache.exists():
         model = WanVideoModel.from_pretrained(pipeline)
+        prompts = prompts or GENERATED_PROMPTS
         shape = model.latent_spec.latent_shape(17, 64, 64)
         texts = sample_prompts(prompts, seed=5)
         latents, views = [], []

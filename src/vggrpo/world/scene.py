@@ -12,6 +12,8 @@ from vggrpo.world.texture import object_tile, room_tiles
 
 MAX_OBJECTS = 3
 FPS = 8.0
+# One lens for all clips, in image widths: what cannot be seen in a short clip should not blur depth and pose.
+FOCAL = float(0.5 / np.tan(np.radians(63.0) / 2))
 
 
 @dataclass
@@ -79,11 +81,10 @@ def sample_scene(
     cam2room = np.tile(np.eye(4), (num_frames, 1, 1))
     cam2room[:, :3, :3], cam2room[:, :3, 3] = rotation(yaw, pitch, roll), position
     light = np.array([rng.uniform(-0.5, 0.5), -1.0, rng.uniform(-0.7, 0.1)])
-    fov = np.radians(rng.uniform(58, 68))
     return Scene(
         room,
         cam2room,
-        float(0.5 / np.tan(fov / 2)),
+        FOCAL,
         shape,
         half,
         pose,

@@ -1,0 +1,61 @@
+"""The reward audit as one page that opens from disk: where the reprojection error lies, and who agrees with whom."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from vggrpo.io.atomic import atomic_write
+
+Terms = Mapping[str, Tensor]  # name -> one value a clip
+KINDS = {"smooth": "consistent clips", "wobble": "with wobble, 0 to 4 px", "generated": "the base generator's clips"}
+
+
+def write_audit_page(
+    path: Path,
+    result: Mapping[str, Any],
+    rendered: Mapping[str, Mapping[str, Terms]],
+    generated: Mapping[str, Terms],
+    groups: Sequence[int],
+) -> Path:
+    """Draw what `audit_reward` measured.
+
+    Args:
+        rendered: kind of clip -> who measures (lgm, judge, truth) -> terms.
+        generated: who measures (lgm, judge) -> terms of the generator's clips.
+        groups: prompt of each generated clip; dots of one prompt share a colour.
+    """
+    import plotly.graph_objects as go
+    from plotly.subplots import make_subplots
+
+    titles = ["e_geo by kind of clip, LGM"]
+    titles += [f"{t}: LGM against the truth ({result['spearman_truth'][t]:.2f})" for t in ("e_trans", "e_rot", "e_geo")]
+    titles += ["e_geo by kind of clip, judge"]
+    titles += [f"{t}: LGM against the judge ({result['spearman_judge'][t]:.2f})" for t in ("e_trans", "e_rot", "e_geo")]
+    figure = make_subplots(2, 4, subplot_titles=titles, horizontal_spacing=0.06, vertical_spacing=0.14)
+    for row, who in enumerate(("lgm", "judge"), 1):
+        for kind, label in KINDS.items():
+            values = generated[who] if kind == "generated" else rendered[kind][who]
+            figure.add_trace(go.Box(y=values["e_geo"].tolist(), name=label, showlegend=False), row, 1)
+    for column, (term, kinds) in enumerate(
+        {"e_trans": ("smooth", "handheld"), "e_rot": ("smooth", "handheld"), "e_geo": ("wobble",)}.items(), 2
+    ):
+        for kind in kinds:
+            x, y = rendered[kind]["truth"][term].tolist(), rendered[kind]["lgm"][term].tolist()
+            figure.add_trace(go.Scatter(x=x, y=y, mode="markers", name=kind, showlegend=False), 1, column)
+        figure.update_xaxes(title="truth", row=1, col=column)
+        x, y = generated["judge"][term].tolist(), generated["lgm"][term].tolist()
+        marker = {"color": [float(g) for g in groups[: len(x)]], "colorscale": "Turbo"}
+        figure.add_trace(go.Scatter(x=x, y=y, mode="markers", marker=marker, showlegend=False), 2, column)
+        figure.update_xaxes(title="judge", row=2, col=column)
+    verdict = "passed" if result["passed"] else "NOT passed: the reward may be the network's own noise"
+    ratio = f"floor on consistent clips / error on base clips = {result['ratio']:.2f}"
+    figure.update_layout(
+        title=f"Reward audit, {result['clips']} clips of each kind: {verdict} ({ratio})",
+        width=1680, height=900, template="plotly_white",
+    )  # fmt: skip
+    figure.update_annotations(font_size=13)
+    return atomic_write(path, figure.to_html(include_plotlyjs=True, full_html=True))

@@ -1,0 +1,52 @@
+"""The reward audit: its verdict on numbers whose answer is known, the page it draws, what training says of it."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+import torch
+
+from vggrpo.evaluation import audit
+from vggrpo.posttraining import trainer
+
+
+def measured(seed, noise, floor):
+    """Terms of an LGM that sees the truth through `noise`, and whose floor on consistent clips is `floor`."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def kind(low, high):
+        truth = {t: low + (high - low) * torch.rand(16, generator=generator) for t in audit.TERMS}
+        seen = {t: v + noise * (high - low) * torch.randn(16, generator=generator) for t, v in truth.items()}
+        return {"truth": truth, "lgm": seen, "judge": truth}
+
+    rendered = {"smooth": kind(0, floor), "handheld": kind(0.2, 0.6), "wobble": kind(0.0, 0.1)}
+    rendered["smooth"]["lgm"]["e_geo"] = torch.full((16,), floor)
+    generated = kind(0.02, 0.08)
+    return rendered, {who: generated[who] for who in ("lgm", "judge")}
+
+
+@pytest.mark.parametrize(
+    "noise, floor, passed", [(0.1, 0.01, True), (0.1, 0.06, False), (5.0, 0.01, False)], ids=["good", "floor", "noise"]
+)
+def test_verdict_and_page(tmp_path, monkeypatch, noise, floor, passed):
+    rendered, generated = measured(0, noise, floor)
+    monkeypatch.setattr(audit, "_rendered_terms", lambda *_: rendered)
+    monkeypatch.setattr(audit, "_generated_terms", lambda *_: generated)
+    result = audit.audit_reward("embedded", tmp_path, clips=16)
+    assert result["passed"] is passed
+    assert json.loads((tmp_path / "audit.json").read_text()) == result
+    page = (tmp_path / "audit.html").read_text()
+    assert ("NOT passed" in page) is not passed and "plotly" in page
+
+
+@pytest.mark.parametrize(
+    "content, said", [(None, "never audited"), ({"passed": False}, "does not pass"), ({"passed": True}, None)]
+)
+def test_training_asks_for_the_audit(tmp_path, caplog, content, said):
+    if content is not None:
+        (tmp_path / "audit.json").write_text(json.dumps(content))
+    with caplog.at_level(logging.WARNING):
+        trainer._warn_unaudited(tmp_path)
+    assert (said in caplog.text) if said else not caplog.text

@@ -1,0 +1,107 @@
+"""Recipes of the shipped models: shards, the truth that supervises matching, exact resume of the training loop."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from vggrpo.geometry import project
+from vggrpo.pretraining import data as shard_data
+from vggrpo.pretraining.data import Shards, augment, render_shard
+from vggrpo.pretraining.loop import Schedule, fit
+from vggrpo.pretraining.matching import image_motion
+from vggrpo.world import sample_batch
+
+
+@pytest.fixture(scope="module")
+def world():
+    return sample_batch([11, 12, 13, 14]).views()
+
+
+def test_image_motion_is_the_projection_of_points_that_move_with_the_scene(world):
+    motion, valid = image_motion(world, 1)
+    assert valid[:, :-1].float().mean() > 0.8 and not valid[:, -1].any()
+    points = world.points + world.scene_flow
+    for i in range(4):
+        there, _ = project(
+            points[:, i].flatten(1, 2), world.intrinsics[:, i + 1 : i + 2], world.cam2world[:, i + 1 :][:, :1]
+        )
+        here, _ = project(
+            world.points[:, i].flatten(1, 2), world.intrinsics[:, i : i + 1], world.cam2world[:, i : i + 1]
+        )
+        want = (there - here)[:, 0].view(*motion[:, i].shape)
+        torch.testing.assert_close(motion[:, i][valid[:, i]], want[valid[:, i]], atol=2e-3, rtol=1e-3)
+    assert motion[:, :-1].abs().amax() > 2  # something moved
+
+
+def test_backward_motion_of_a_clip_is_the_forward_motion_of_its_reverse(world):
+    reverse = replace(
+        world,
+        depth=world.depth.flip(1),
+        cam2world=world.cam2world.flip(1),
+        object_id=world.object_id.flip(1),
+        object_pose=world.object_pose.flip(2),
+    )
+    backward, ok = image_motion(world, -1)
+    forward, also = image_motion(reverse, 1)
+    torch.testing.assert_close(backward, forward.flip(1), atol=2e-3, rtol=1e-3)
+    assert torch.equal(ok, also.flip(1))
+
+
+def test_a_shard_holds_what_was_rendered(tmp_path, monkeypatch):
+    monkeypatch.setattr(shard_data, "SHARD_SIZE", 2)
+    path = render_shard(tmp_path, 3, split=None)
+    made, truth = Shards.load([path]), sample_batch([6, 7])
+    assert [t["caption"] for t in made.texts] == truth.captions
+    part = made.world(torch.tensor([1]), first=2, every=3)
+    frames = [2, 5, 8, 11, 14]
+    assert part.frame_index.tolist() == frames
+    torch.testing.assert_close(part.depth[0], truth.depth[1, frames], rtol=1e-3, atol=0)
+    anchored = torch.linalg.inv(truth.cam2world[1, 2]) @ truth.cam2world[1, frames]
+    torch.testing.assert_close(part.cam2world[0], anchored, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(part.video[0], truth.video[1, :, frames], atol=1 / 255, rtol=0)
+    time = path.stat().st_mtime_ns
+    assert render_shard(tmp_path, 3).stat().st_mtime_ns == time  # made once
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_augmented_worlds_are_worlds(world, seed):
+    """Points of still pixels, seen from the next view, land on its depth map: mirrored and reversed clips too."""
+    other = augment(world, torch.Generator().manual_seed(seed))
+    motion, valid = image_motion(other, 1)
+    v, u = torch.meshgrid(torch.arange(64) + 0.5, torch.arange(64) + 0.5, indexing="ij")
+    there = (torch.stack([u, v], -1) + motion[:, 0]) / 32 - 1
+    seen = torch.nn.functional.grid_sample(other.video[:, :, 1], there, align_corners=False)
+    miss = (seen - other.video[:, :, 0]).abs().mean(1)
+    still = (other.video[:, :, 1] - other.video[:, :, 0]).abs().mean(1)
+    inside = valid[:, 0] & (there.abs().amax(-1) < 0.95)
+    assert miss[inside].median() < 0.7 * still[inside].median()
+
+
+def test_training_goes_on_bit_for_bit(tmp_path):
+    def loss(model, step, generator):
+        x = torch.randn(4, 3, generator=generator)
+        return (model(x) - x.sum(1, keepdim=True)).square().mean(), {}
+
+    def run(folder, steps):
+        torch.manual_seed(0)
+        return fit(nn.Linear(3, 1), loss, Schedule(steps=steps, lr=0.1, warmup=2, save_every=3), folder)
+
+    class Stopped(Exception):
+        pass
+
+    def stopping(model, step, generator):
+        if step == 7:
+            raise Stopped
+        return loss(model, step, generator)
+
+    whole = run(tmp_path / "whole", 10)
+    torch.manual_seed(0)
+    with pytest.raises(Stopped):
+        fit(nn.Linear(3, 1), stopping, Schedule(steps=10, lr=0.1, warmup=2, save_every=3), tmp_path / "cut")
+    torch.manual_seed(1)  # another random state and another start: the checkpoint decides
+    resumed = run(tmp_path / "cut", 10)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
