@@ -126,7 +126,7 @@ class LatentGeometryModel(nn.Module):
         except FileNotFoundError as error:
             raise UserError(
                 f"no latent geometry model in {directory}: it needs config.json and model.safetensors; "
-                f"make one with `vggrpo train-lgm`"
+                f"make one with `vggrpo world pretrain lgm`"
             ) from error
         except Exception as error:
             raise UserError(

@@ -236,14 +236,21 @@ def _load_config(cls: Any, path: str | Path, subfolder: str) -> dict[str, Any]:
 def _load(cls: Any, path: str | Path, subfolder: str, **options: Any) -> Any:
     """`from_pretrained` of one part, with a one-line error that says which part is broken."""
     from safetensors import SafetensorError
+    from transformers.utils import logging
 
+    quiet = Path(path).is_dir() and logging.is_progress_bar_enabled()  # a bar is for downloads
     try:
+        if quiet:
+            logging.disable_progress_bar()
         return cls.from_pretrained(str(path), subfolder=subfolder, **options)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise UserError(
             f"cannot load {subfolder} of {path}: {_first_line(error)}; the file is missing, damaged "
             "or of another model: copy it again"
         ) from error
+    finally:
+        if quiet:
+            logging.enable_progress_bar()
 
 
 def _first_line(error: BaseException) -> str:
