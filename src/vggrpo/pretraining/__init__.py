@@ -142,6 +142,7 @@ def _lgm(output: Path, clips: list[Path], heldout: list[Path], steps: int | None
     from vggrpo.evaluation.audit import audit_reward
     from vggrpo.lgm import LGMConfig
     from vggrpo.models.vggt import VGGT
+    from vggrpo.models.wan import WanVideoModel
     from vggrpo.pretraining import lgm
 
     for needed in ("pipeline", "geometry"):
@@ -162,7 +163,14 @@ def _lgm(output: Path, clips: list[Path], heldout: list[Path], steps: int | None
     )
     generated = lgm.generated_clips(output / "pipeline", output / "work" / "generated.safetensors")
     model = lgm.train_lgm(
-        teacher, data, best, config, output / "work" / "lgm", _with_steps(lgm.SCHEDULE, steps), generated
+        teacher,
+        data,
+        best,
+        config,
+        output / "work" / "lgm",
+        _with_steps(lgm.SCHEDULE, steps),
+        generated,
+        WanVideoModel.from_pretrained(output / "pipeline"),
     )
     model.save_pretrained(output / "lgm", torch.float16)
     if (output / "judge").is_dir():  # training asks for an audit beside the LGM

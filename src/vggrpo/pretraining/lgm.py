@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vggrpo.geometry import GeometryPrediction
 from vggrpo.lgm.losses import geometry_errors, geometry_loss, unit_depth
 from vggrpo.lgm.model import LatentGeometryModel, LGMConfig
 from vggrpo.lgm.search import StitchFit, search_layers
@@ -20,12 +21,18 @@ from vggrpo.models.vggt import VGGT
 from vggrpo.models.wan import WanVideoModel
 from vggrpo.pretraining.data import Shards
 from vggrpo.pretraining.loop import Schedule, fit
+from vggrpo.rewards import geometry_reprojection_consistency
 from vggrpo.sampling import ode_sample
 from vggrpo.world import sample_prompts
+from vggrpo.world.perturb import wobble
 
 SCHEDULE = Schedule(steps=3000, lr=1e-3, ema=0.999, weight_decay=0.0, seed=3)
 BATCH = 8
 GENERATED_SHARE = 0.25
+# Clips that do not hold together, of known geometry: what must stay visible to the reward.
+WOBBLE_SHARE, MAX_WOBBLE = 0.2, 4.0
+# Weight of the reward's own error on rendered clips, which hold together: it lowers the floor.
+CONSISTENCY_WEIGHT = 1.0
 LORA_RANK = 48
 GENERATED_PROMPTS = 256
 AUDIT_CLIPS = 96
@@ -68,6 +75,7 @@ def train_lgm(
     folder: Path,
     schedule: Schedule = SCHEDULE,
     generated: tuple[Tensor, Tensor] | None = None,
+    video_model: WanVideoModel | None = None,
     bf16: bool = True,
 ) -> LatentGeometryModel:
     """Train connector and LoRA.
@@ -75,6 +83,7 @@ def train_lgm(
     Args:
         generated: latents (N, C, T', H', W') of the base generator and their RGB views (N, S, 3, H, W); the teacher
             judges the views. A share of `GENERATED_SHARE` of all batches. None: rendered clips alone.
+        video_model: encodes wobbling clips, a share of `WOBBLE_SHARE`. None: no such clips.
     """
     torch.manual_seed(schedule.seed)
     student = LatentGeometryModel(config, _copy(teacher))
@@ -83,21 +92,41 @@ def train_lgm(
     student.add_lora()
 
     def loss(model: LatentGeometryModel, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        synthetic = generated is not None and bool(torch.rand((), generator=generator) < GENERATED_SHARE)
-        if generated is not None and synthetic:
+        draw = torch.rand((), generator=generator).item()
+        rendered = False
+        if generated is not None and draw < GENERATED_SHARE:
             index = torch.randint(len(generated[0]), (BATCH,), generator=generator)
             latents = generated[0][index].float()
             with torch.no_grad():
                 target = unit_depth(teacher(generated[1][index].float()))
+        elif video_model is not None and draw > 1 - WOBBLE_SHARE:
+            latents, target = wobbling_clips(clips.truth, video_model, generator)
         else:
+            rendered = True
             index = torch.randint(len(clips), (BATCH,), generator=generator)
             latents, target = clips.latents[index].float(), unit_depth(clips.truth.world(index).geometry(every=1))
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             prediction, raw = model.predict(latents)
         value, logs = geometry_loss(prediction, raw, target)
-        return value, {} if synthetic else logs
+        if not rendered:
+            return value, {}
+        reward = geometry_reprojection_consistency(prediction, stride=2)
+        error = reward.terms["e_geo"][reward.valid].sum() / BATCH
+        return value + CONSISTENCY_WEIGHT * error, logs | {"e_geo": error.item()}
 
     return fit(student, loss, schedule, folder)
+
+
+@torch.no_grad()
+def wobbling_clips(
+    truth: Shards, video_model: WanVideoModel, generator: torch.Generator
+) -> tuple[Tensor, GeometryPrediction]:
+    """Latents and geometry of a batch of rendered clips with a wobble of up to `MAX_WOBBLE` pixels."""
+    index = torch.randint(len(truth), (BATCH,), generator=generator)
+    amplitude = MAX_WOBBLE * torch.rand(BATCH, generator=generator)
+    seed = int(torch.randint(2**31, (), generator=generator))
+    world = wobble(truth.world(index, every=1, views=17), amplitude, seed)
+    return video_model.encode_video(world.video), unit_depth(world.geometry())
 
 
 def _copy(teacher: VGGT) -> VGGT:

@@ -57,7 +57,8 @@ def fit(model: nn.Module, loss: Loss, schedule: Schedule, folder: Path) -> nn.Mo
     optimizer = torch.optim.AdamW(parameters, lr=schedule.lr, weight_decay=schedule.weight_decay, betas=(0.9, 0.98))
     average = deepcopy(model).requires_grad_(False) if schedule.ema else model
     start = _resume(folder, model, average, optimizer)
-    began, sums, count = time.time(), {}, 0
+    began = time.time()
+    sums: dict[str, list[float]] = {}
     model.train()
     for step in range(start, schedule.steps):
         for group in optimizer.param_groups:
@@ -71,14 +72,15 @@ def fit(model: nn.Module, loss: Loss, schedule: Schedule, folder: Path) -> nn.Mo
         if schedule.ema:
             _average(average, model, min(schedule.ema, (1 + step) / (10 + step)))
         for name, number in (logs | {"loss": value.item(), "grad_norm": norm.item()}).items():
-            sums[name] = sums.get(name, 0.0) + float(number)
-        count += 1
+            sums.setdefault(name, []).append(float(number))
         last = step + 1 == schedule.steps
         if (step + 1) % 50 == 0 or last:
-            row = {"step": step + 1, "seconds": round(time.time() - began, 1)} | {k: v / count for k, v in sums.items()}
+            row = {"step": step + 1, "seconds": round(time.time() - began, 1)} | {
+                k: sum(v) / len(v) for k, v in sums.items()
+            }
             with open(folder / "log.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
-            sums, count = {}, 0
+            sums = {}
         if (step + 1) % schedule.save_every == 0 or last:
             _save(folder, step + 1, model, average, optimizer, schedule)
     return average.eval()
