@@ -19,8 +19,8 @@ from vggrpo.geometry.se3 import invert_se3, rotation_angle
 # Relative depth error at which confidence is 1/e.
 CONF_SCALE = 0.05
 WEIGHTS = {
-    "depth": 1.0,
-    "slope": 0.5,
+    "depth": 3.0,
+    "slope": 1.0,
     "translation": 4.0,
     "rotation": 4.0,
     "focal": 0.5,

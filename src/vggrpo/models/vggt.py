@@ -44,6 +44,7 @@ class VGGTConfig(BaseModel):
     patch_embed: Literal["conv", "patch"] = Field(
         "conv", description="stem: strided convolutions, or one linear map a patch"
     )
+    stem_blocks: int = Field(0, ge=0, description="residual blocks after each of the stem's first two convolutions")
     patch: int = Field(8, ge=2, description="pixels a token")
     mlp_ratio: float = Field(3.0, gt=0)
     rope_base: float = Field(100.0, gt=1)
@@ -59,7 +60,7 @@ class VGGT(nn.Module):
     def __init__(self, config: VGGTConfig) -> None:
         super().__init__()
         self.config = c = config
-        self.stem = ConvStem(c.dim) if c.patch_embed == "conv" else PatchStem(c.dim, c.patch)
+        self.stem = ConvStem(c.dim, c.stem_blocks) if c.patch_embed == "conv" else PatchStem(c.dim, c.patch)
         self.convs = nn.ModuleList(ConvBlock(c.dim) for _ in range(c.conv_layers))
         # Index 0: the first view, which anchors the world; index 1: all others.
         self.special = nn.Parameter(0.02 * torch.randn(2, 1 + c.registers, c.dim))

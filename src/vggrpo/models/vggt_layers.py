@@ -103,13 +103,32 @@ class ConvBlock(nn.Module):
         return x + self.point(F.gelu(self.conv(self.norm(x))))
 
 
-class ConvStem(nn.Module):
-    """RGB -> patch tokens by three strided convolutions (8 pixels a token), the last two across views."""
-
-    patch = 8
+class ViewBlock(nn.Module):
+    """Residual 3x3 convolutions within each view; the identity at the start."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
+        self.norm = nn.GroupNorm(8, dim)
+        self.conv1 = nn.Conv3d(dim, dim, (1, 3, 3), padding=(0, 1, 1))
+        self.conv2 = nn.Conv3d(dim, dim, (1, 3, 3), padding=(0, 1, 1))
+        nn.init.zeros_(self.conv2.weight)
+        nn.init.zeros_(self.conv2.bias)
+
+    def forward(self, x: Float[Tensor, "B D S h w"]) -> Float[Tensor, "B D S h w"]:
+        return x + self.conv2(F.gelu(self.conv1(self.norm(x))))
+
+
+class ConvStem(nn.Module):
+    """RGB -> patch tokens by three strided convolutions (8 pixels a token), the last two across views.
+
+    `blocks` residual blocks follow each of the first two: layout is read off edges that one convolution does not see.
+    """
+
+    patch = 8
+
+    def __init__(self, dim: int, blocks: int = 0) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(*(ViewBlock(width) for _ in range(blocks))) for width in (32, 64))
         self.stages = nn.ModuleList(
             [
                 nn.Conv3d(3, 32, (1, 4, 4), (1, 2, 2), (0, 1, 1)),
@@ -120,8 +139,8 @@ class ConvStem(nn.Module):
 
     def forward(self, frames: Float[Tensor, "B S 3 H W"]) -> Float[Tensor, "B D S h w"]:
         x = frames.transpose(1, 2) * 2 - 1
-        for stage in self.stages[:-1]:
-            x = F.gelu(stage(x))
+        for stage, blocks in zip(self.stages[:-1], self.blocks, strict=True):
+            x = blocks(F.gelu(stage(x)))
         return self.stages[-1](x)
 
 

@@ -14,7 +14,7 @@ from vggrpo.pretraining.data import Shards, augment
 from vggrpo.pretraining.loop import Schedule, fit
 from vggrpo.pretraining.matching import Matched
 
-TEACHER = VGGTConfig()
+TEACHER = VGGTConfig(stem_blocks=2)
 JUDGE = VGGTConfig(dim=128, heads=4, conv_layers=5, pairs=2, registers=0, hooks=(1, 2), head_features=40, mlp_ratio=2.0)
 BATCH = 8
 MATCH_WEIGHT = 0.15
