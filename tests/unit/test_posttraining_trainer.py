@@ -266,3 +266,15 @@ if __name__ == "__main__":
         train(save_tiny_wan(Path(folder) / "wan"), Path(folder) / "run")
         kept = [{key: row[key] for key in GOLDEN_KEYS} for row in rows(Path(folder) / "run")]
     GOLDEN.write_text(json.dumps(kept, indent=1) + "\n")
+
+
+def test_the_lora_has_a_model_card(tiny_wan_dir, tmp_path):
+    import yaml
+
+    lora = train(tiny_wan_dir, tmp_path / "run")
+    card = (lora / "README.md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["base_model"] == str(tiny_wan_dir) and "lora" in front["tags"]
+    assert "2 of 2 updates" in card and "`geometry_reprojection_consistency`, weight 1" in card
+    reward = rows(tmp_path / "run")[-1]["reward/camera_motion_smoothness"]
+    assert f"| reward/camera_motion_smoothness | {reward:.5g} |" in card

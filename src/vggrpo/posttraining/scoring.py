@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,9 +10,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from vggrpo.config import RewardTerm
-from vggrpo.errors import UserError
 from vggrpo.geometry import GeometryPrediction
-from vggrpo.rewards import REWARDS, RewardContext, camera_travel
+from vggrpo.rewards import RewardContext, camera_travel, get_reward
 
 GeometryReader = Callable[[Float[Tensor, "B C T H W"]], GeometryPrediction]
 
@@ -37,11 +35,7 @@ class Scores:
 def check_rewards(terms: Mapping[str, RewardTerm]) -> None:
     """Raise a UserError that names the nearest known reward for an unknown one."""
     for name in terms:
-        if name not in REWARDS:
-            near = difflib.get_close_matches(name, REWARDS, n=1, cutoff=0.0)
-            raise UserError(
-                f"unknown reward {name!r}; the nearest known is {near[0]!r} (there are {', '.join(REWARDS)})"
-            )
+        get_reward(name)
 
 
 @torch.no_grad()
@@ -93,7 +87,7 @@ def _score_chunk(
     watched = {"camera_travel": travel, "dynamic_share": share}
     values, valid = [], []
     for name, term in terms.items():
-        reward = REWARDS[name](prediction, context=context, **term.options)
+        reward = get_reward(name)(prediction, context=context, **term.options)
         values.append(reward.value.float())
         valid.append(reward.valid & reward.value.isfinite())
         watched |= {f"{name}/{key}": value.float() for key, value in reward.terms.items() if value.ndim == 1}

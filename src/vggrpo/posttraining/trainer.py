@@ -25,9 +25,11 @@ from vggrpo.config import EMBEDDED, TrainConfig, dump_config, resume_difference
 from vggrpo.distributed import Processes
 from vggrpo.errors import UserError
 from vggrpo.io.atomic import atomic_write, ensure_directory
+from vggrpo.io.manifest import read_jsonl
 from vggrpo.models.base import VideoModel
 from vggrpo.models.loading import load_video_model
 from vggrpo.models.lora import attach_lora, export_lora, lora_state, set_lora_state
+from vggrpo.posttraining.card import lora_card
 from vggrpo.posttraining.grpo import GRPO
 from vggrpo.posttraining.scoring import GeometryReader, check_rewards
 from vggrpo.sampling.seeds import derive_seed
@@ -142,7 +144,14 @@ class _Run:
             if stopping and done < self.config.updates:
                 raise KeyboardInterrupt(f"stopped after update {done} of {self.config.updates}; run again to go on")
         if start >= self.config.updates and self.processes.is_main:
-            export_lora(self.model.transformer, self.output / "lora")
+            self.export(start)
+
+    def export(self, step: int) -> None:
+        """The LoRA as diffusers loads it, with its model card."""
+        export_lora(self.model.transformer, self.output / "lora")
+        log = self.output / "log.jsonl"
+        last = read_jsonl(log)[-1] if log.is_file() else {}
+        atomic_write(self.output / "lora" / "README.md", lora_card(self.config, step, last))
 
     def save(self, step: int) -> None:
         """Checkpoint and LoRA, by the main process; all wait for it."""
@@ -161,7 +170,7 @@ class _Run:
                 "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
             }
             save_checkpoint(self.output / "checkpoints", step, tensors, state, keep_last=self.config.keep_last)
-            export_lora(self.model.transformer, self.output / "lora")
+            self.export(step)
         self.processes.barrier()
 
     def resume(self, checkpoint: Checkpoint) -> int:

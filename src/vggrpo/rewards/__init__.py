@@ -5,14 +5,9 @@ reward(prediction, *, context=None, **options) -> Reward(value (B,), terms {name
 
 from vggrpo.rewards.base import Reward, RewardContext, RewardFunction
 from vggrpo.rewards.camera_motion import camera_motion_smoothness
+from vggrpo.rewards.registry import REWARDS, get_reward
 from vggrpo.rewards.reprojection import geometry_reprojection_consistency
 from vggrpo.rewards.travel import camera_motion_hinge, camera_travel
-
-REWARDS: dict[str, RewardFunction] = {
-    "camera_motion_smoothness": camera_motion_smoothness,
-    "geometry_reprojection_consistency": geometry_reprojection_consistency,
-    "camera_motion_hinge": camera_motion_hinge,
-}
 
 __all__ = [
     "REWARDS",
@@ -23,4 +18,5 @@ __all__ = [
     "camera_motion_smoothness",
     "camera_travel",
     "geometry_reprojection_consistency",
+    "get_reward",
 ]

@@ -1,0 +1,52 @@
+"""Rewards by name: the ones of this package, and those that other packages offer as entry points.
+
+A package adds a reward with, in its pyproject.toml,
+
+    [project.entry-points."vggrpo.rewards"]
+    my_reward = "my_package.rewards:my_reward"
+"""
+
+from __future__ import annotations
+
+import difflib
+from functools import cache
+from importlib.metadata import entry_points
+
+from vggrpo.errors import UserError
+from vggrpo.rewards.base import RewardFunction
+from vggrpo.rewards.camera_motion import camera_motion_smoothness
+from vggrpo.rewards.reprojection import geometry_reprojection_consistency
+from vggrpo.rewards.travel import camera_motion_hinge
+
+ENTRY_POINTS = "vggrpo.rewards"
+REWARDS: dict[str, RewardFunction] = {
+    "camera_motion_smoothness": camera_motion_smoothness,
+    "geometry_reprojection_consistency": geometry_reprojection_consistency,
+    "camera_motion_hinge": camera_motion_hinge,
+}
+
+
+@cache
+def get_reward(name: str) -> RewardFunction:
+    """The reward called `name`; this package's own names win.
+
+    Raises:
+        UserError: an unknown name (the nearest known one is named), or a plug-in that cannot be imported.
+    """
+    if name in REWARDS:
+        return REWARDS[name]
+    plugins = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
+    if name not in plugins:
+        known = [*REWARDS, *plugins]
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+        raise UserError(f"unknown reward {name!r}; the nearest known is {near!r} (there are {', '.join(known)})")
+    try:
+        reward = plugins[name].load()
+    except Exception as error:
+        raise UserError(
+            f"the reward {name!r} ({plugins[name].value}) cannot be imported: {type(error).__name__}: {error}; "
+            "repair or uninstall the package that offers it"
+        ) from error
+    if not callable(reward):
+        raise UserError(f"the reward {name!r} ({plugins[name].value}) is no function")
+    return reward

@@ -1,0 +1,38 @@
+"""Rewards by name: built in, from other packages, unknown, broken."""
+
+from __future__ import annotations
+
+from importlib.metadata import EntryPoint
+
+import pytest
+
+from vggrpo.errors import UserError
+from vggrpo.rewards import camera_motion_smoothness, get_reward, registry
+
+
+@pytest.fixture
+def offered(monkeypatch):
+    points = [
+        EntryPoint("travel_of_others", "vggrpo.rewards:camera_travel", registry.ENTRY_POINTS),
+        EntryPoint("camera_motion_smoothness", "nowhere:taken", registry.ENTRY_POINTS),
+        EntryPoint("broken", "no_such_package:reward", registry.ENTRY_POINTS),
+        EntryPoint("number", "vggrpo.demo:PROMPTS", registry.ENTRY_POINTS),
+    ]
+    monkeypatch.setattr(registry, "entry_points", lambda group: points)
+    registry.get_reward.cache_clear()
+    yield
+    registry.get_reward.cache_clear()
+
+
+def test_a_plugin_is_found_and_cannot_take_a_name_of_ours(offered):
+    assert get_reward("travel_of_others").__name__ == "camera_travel"
+    assert get_reward("camera_motion_smoothness") is camera_motion_smoothness
+
+
+@pytest.mark.parametrize(
+    "name, said", [("broken", "no_such_package"), ("number", "no function"), ("travel_of_other", "'travel_of_others'")]
+)
+def test_what_cannot_be_used_is_one_line(offered, name, said):
+    with pytest.raises(UserError, match=said) as error:
+        get_reward(name)
+    assert "\n" not in str(error.value)
