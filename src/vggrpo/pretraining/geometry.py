@@ -5,20 +5,30 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from vggrpo.geometry import GeometryPrediction
 from vggrpo.geometry.se3 import rotation_angle
 from vggrpo.lgm.losses import geometry_errors, geometry_loss, unit_depth
 from vggrpo.models.vggt import VGGT, VGGTConfig
 from vggrpo.pretraining.data import Shards, augment
 from vggrpo.pretraining.loop import Schedule, fit
 from vggrpo.pretraining.matching import Matched
+from vggrpo.rewards import geometry_reprojection_consistency
+from vggrpo.world.perturb import wobble
 
 TEACHER = VGGTConfig(stem_blocks=2)
 JUDGE = VGGTConfig(dim=128, heads=4, conv_layers=5, pairs=2, registers=0, hooks=(1, 2), head_features=40, mlp_ratio=2.0)
 BATCH = 8
 MATCH_WEIGHT = 0.15
 NEAR_SHARE = 0.7
+# Clips that do not hold together, of known geometry: what a judge of generated clips must see, and go on seeing while
+# it learns to agree with itself on clips that do.
+WOBBLE_SHARE, MAX_WOBBLE = 0.2, 4.0
+CONSISTENCY_WEIGHT, CONSISTENCY_FROM = 1.0, 0.4  # from that share of the steps on: noise cannot be made consistent
+# Generated clips come out of a VAE, softer than the renderer draws; some batches are made as soft.
+BLUR_SHARE, BLUR_SIZE = 0.4, 26
 TEACHER_SCHEDULE = Schedule(steps=6000, lr=1e-3)
 JUDGE_SCHEDULE = Schedule(steps=6000, lr=1.2e-3, seed=7)
 
@@ -45,16 +55,45 @@ def train_geometry(
             first = int(torch.randint(17 - 4 * every, (), generator=generator))
         index = torch.randint(len(data), (BATCH,), generator=generator)
         world = augment(data.world(index, first, every), generator)
+        wobbling = bool(torch.rand((), generator=generator) < WOBBLE_SHARE)
+        if wobbling:
+            amplitude = MAX_WOBBLE * torch.rand(BATCH, generator=generator)
+            world = wobble(world, amplitude, int(torch.randint(2**31, (), generator=generator)))
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            prediction, raw = model.network.predict(world.video.transpose(1, 2))
+            prediction, raw = model.network.predict(softened(world.video, generator).transpose(1, 2))
             match = model.loss(world)
         value, logs = geometry_loss(prediction, raw, unit_depth(world.geometry(every=1)))
-        return value + MATCH_WEIGHT * match, logs | {"match": match.item()}
+        if wobbling:  # the displacements of the world below are not those of the picture
+            return value, {}
+        value, logs = value + MATCH_WEIGHT * match, logs | {"match": match.item()}
+        if step < CONSISTENCY_FROM * schedule.steps:
+            return value, logs
+        error = consistency_error(prediction)
+        return value + CONSISTENCY_WEIGHT * error, logs | {"e_geo": error.item()}
 
     network = VGGT(config)
     if start is not None:
         network.load_state_dict(start.state_dict())
     return fit(Matched(network), loss, schedule, folder).network
+
+
+def consistency_error(prediction: GeometryPrediction) -> Tensor:
+    """The reward's own error, mean over the batch (clips that it cannot judge count as zero): differentiable."""
+    reward = geometry_reprojection_consistency(prediction, stride=2)
+    return reward.terms["e_geo"][reward.valid].sum() / len(reward.valid)
+
+
+def softened(video: Tensor, generator: torch.Generator) -> Tensor:
+    """The batch as it is, or with probability `BLUR_SHARE` at a lower resolution; video (B, 3, S, H, W)."""
+    share, size = torch.rand(2, generator=generator).tolist()
+    if share > BLUR_SHARE:
+        return video
+    b, c, s, h, w = video.shape
+    small = int(BLUR_SIZE + size * (h - BLUR_SIZE)), int(BLUR_SIZE + size * (w - BLUR_SIZE))
+    frames = video.transpose(1, 2).flatten(0, 1)
+    frames = F.interpolate(frames, small, mode="bilinear", antialias=True, align_corners=False)
+    frames = F.interpolate(frames, (h, w), mode="bilinear", align_corners=False)
+    return frames.unflatten(0, (b, s)).transpose(1, 2)
 
 
 @torch.no_grad()

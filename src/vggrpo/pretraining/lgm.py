@@ -20,8 +20,8 @@ from vggrpo.lgm.search import StitchFit, search_layers
 from vggrpo.models.vggt import VGGT
 from vggrpo.models.wan import WanVideoModel
 from vggrpo.pretraining.data import Shards
+from vggrpo.pretraining.geometry import consistency_error
 from vggrpo.pretraining.loop import Schedule, fit
-from vggrpo.rewards import geometry_reprojection_consistency
 from vggrpo.sampling import ode_sample
 from vggrpo.world import sample_prompts
 from vggrpo.world.perturb import wobble
@@ -110,8 +110,7 @@ def train_lgm(
         value, logs = geometry_loss(prediction, raw, target)
         if not rendered:
             return value, {}
-        reward = geometry_reprojection_consistency(prediction, stride=2)
-        error = reward.terms["e_geo"][reward.valid].sum() / BATCH
+        error = consistency_error(prediction)
         return value + CONSISTENCY_WEIGHT * error, logs | {"e_geo": error.item()}
 
     return fit(student, loss, schedule, folder)
