@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from vggrpo.errors import UserError
 
 EMBEDDED = "embedded"
+ALGORITHMS = ("grpo",)  # those of `vggrpo.posttraining.algorithm` that this version has
 RESUMABLE = frozenset({"output", "updates", "save_every", "keep_last", "model.device"})
 
 
@@ -191,7 +192,7 @@ class TrainConfig(_Section):
     keep_last: int = Field(default=2, ge=1)
     """Checkpoints to keep."""
     algorithm: Literal["grpo", "sft", "dpo", "direct", "nft"] = "grpo"
-    """How the model is tuned; this version has grpo."""
+    """How the model is tuned; see `vggrpo.posttraining.algorithm`."""
     model: ModelConfig = Field(default_factory=ModelConfig)
     """The video model."""
     lgm: LGMConfig = Field(default_factory=LGMConfig)
@@ -218,8 +219,11 @@ class TrainConfig(_Section):
 
     @model_validator(mode="after")
     def _check_together(self) -> TrainConfig:
-        if self.algorithm != "grpo":
-            raise ValueError(f"algorithm {self.algorithm!r} is not available in this version; set algorithm: grpo")
+        if self.algorithm not in ALGORITHMS:
+            raise ValueError(
+                f"algorithm {self.algorithm!r} is not available in this version; set algorithm: "
+                f"{' or '.join(ALGORITHMS)}"
+            )
         sampling, grpo = self.sampling, self.grpo
         last = sampling.num_steps - 2 if sampling.window_last is None else sampling.window_last
         if last > sampling.num_steps - 2 or sampling.window > last - sampling.window_first + 1:

@@ -29,7 +29,7 @@ from vggrpo.evaluation import build_report, compare_quality, evaluate_manifest, 
 from vggrpo.io.atomic import atomic_write_json, ensure_directory
 from vggrpo.io.manifest import read_jsonl, read_manifest, write_jsonl
 from vggrpo.lgm import LatentGeometryModel
-from vggrpo.posttraining import train_grpo
+from vggrpo.posttraining import train
 from vggrpo.rewards import camera_motion_smoothness, geometry_reprojection_consistency
 from vggrpo.sampling.generate import generate_videos
 from vggrpo.world import sample_prompts
@@ -81,7 +81,7 @@ def _stages(
     generate_videos(asked, output / "base", arm="base", **options)
     console.print("[bold]2/5[/] GRPO on rewards read from latents")
     overrides = [f"output={output / 'train'}", f"seed={seed}"] + ([] if updates is None else [f"updates={updates}"])
-    lora = train_grpo(load_config("tiny", overrides))
+    lora = train(load_config("tiny", overrides))
     console.print("[bold]3/5[/] tuned model: the same prompts and seeds")
     generate_videos(asked, output / "tuned", arm="tuned", lora=lora, **options)
     console.print("[bold]4/5[/] evaluation")

@@ -22,7 +22,7 @@ def test_two_processes_equal_one(tiny_wan_dir, tmp_path):
     code = (
         f"import sys; sys.path[:0] = [{str(UNIT)!r}, {str(UNIT.parent)!r}]\n"
         "import torch, test_posttraining_trainer as t\n"
-        "from vggrpo.posttraining import trainer\n"
+        "from vggrpo.posttraining import policy as trainer\n"
         "kept = []\n"
         "attach = trainer.attach_lora\n"
         "trainer.attach_lora = lambda *a, **k: kept.append(attach(*a, **k)) or kept[-1]\n"

@@ -26,7 +26,7 @@ def test_demo(monkeypatch):
 
 
 def test_train(monkeypatch, capsys):
-    call = stand_in(monkeypatch, "vggrpo.posttraining", "train_grpo")
+    call = stand_in(monkeypatch, "vggrpo.posttraining", "train")
     assert main(["train", "tiny", "updates=2", "output=runs/x"]) == 0
     (config,) = call.call_args.args
     assert config.updates == 2 and config.output == "runs/x"

@@ -23,7 +23,7 @@ from vggrpo.checkpoint import load_latest
 from vggrpo.config import load_config
 from vggrpo.errors import UserError
 from vggrpo.geometry import GeometryPrediction
-from vggrpo.posttraining import train_grpo
+from vggrpo.posttraining import train as run_training
 from vggrpo.posttraining.grpo import GRPO
 from vggrpo.posttraining.replay import Replayer, all_transitions, inner_parts
 
@@ -49,7 +49,7 @@ def config_for(pipeline, output, overrides=(), **changes):
 
 
 def train(pipeline, output, overrides=(), lgm=fake_lgm, **changes):
-    return train_grpo(config_for(pipeline, output, overrides, **changes), lgm=lgm, prompts=PROMPTS, progress=False)
+    return run_training(config_for(pipeline, output, overrides, **changes), lgm=lgm, prompts=PROMPTS, progress=False)
 
 
 def rows(output):
@@ -146,7 +146,7 @@ def test_another_config_does_not_resume(two_updates, tiny_wan_dir):
         train(tiny_wan_dir, two_updates, ["optim.learning_rate=0.5"])
     config = config_for(tiny_wan_dir, two_updates)
     with pytest.raises(UserError, match="prompts"):
-        train_grpo(config, lgm=fake_lgm, prompts=["another"], progress=False)
+        run_training(config, lgm=fake_lgm, prompts=["another"], progress=False)
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,6 @@ def run(arguments: argparse.Namespace) -> None:
     from vggrpo.config import load_config
 
     config = load_config(arguments.config, arguments.overrides)
-    from vggrpo.posttraining import train_grpo
+    from vggrpo.posttraining import train
 
-    print(f"LoRA in {train_grpo(config)}")
+    print(f"LoRA in {train(config)}")

@@ -9,10 +9,10 @@ _HOMES = {
     "clipped_policy_loss": "loss",
     "gaussian_kl": "loss",
     "group_advantages": "advantage",
-    "train_grpo": "trainer",
+    "train": "trainer",
 }
 
-__all__ = ["clipped_policy_loss", "gaussian_kl", "group_advantages", "train_grpo"]
+__all__ = ["clipped_policy_loss", "gaussian_kl", "group_advantages", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -11,21 +11,18 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from vggrpo.config import TrainConfig
-from vggrpo.distributed import Processes
 from vggrpo.errors import UserError
-from vggrpo.models.base import VideoModel
-from vggrpo.models.lora import lora_disabled, lora_state
 from vggrpo.posttraining.advantage import group_advantages
+from vggrpo.posttraining.algorithm import Context
 from vggrpo.posttraining.replay import Replayer, ReplayStatistics, all_transitions, inner_parts
-from vggrpo.posttraining.scoring import GeometryReader, Scores, measure_travel, score_latents
+from vggrpo.posttraining.scoring import Scores, measure_travel, score_latents
 from vggrpo.sampling.rollout import NoiseSettings, Trajectory, choose_window, rollout
 from vggrpo.sampling.seeds import derive_seed
 from vggrpo.tracking import Stopwatch
@@ -37,18 +34,13 @@ class GRPO:
     """The state of a GRPO run beside adapter and optimizer: base travel by prompt, and how old log-probabilities are
     made."""
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        model: VideoModel,
-        lgm: GeometryReader,
-        prompts: Sequence[str],
-        parameters: Sequence[nn.Parameter],
-        optimizer: torch.optim.Optimizer,
-        processes: Processes,
-    ) -> None:
-        self.config, self.model, self.lgm, self.prompts = config, model, lgm, list(prompts)
-        self.parameters, self.optimizer, self.processes = list(parameters), optimizer, processes
+    needs_lgm: ClassVar[bool] = True
+
+    def __init__(self, context: Context) -> None:
+        config, model = context.config, context.model
+        assert context.lgm is not None
+        self.config, self.model, self.lgm, self.prompts = config, model, context.lgm, list(context.prompts)
+        self.policy, self.processes = context.policy, context.processes
         self.shape = model.latent_spec.latent_shape(config.data.num_frames, config.data.height, config.data.width)
         self.sigmas = model.sigmas(config.sampling.num_steps, config.sampling.shift)
         sampling = config.sampling
@@ -56,7 +48,7 @@ class GRPO:
             sampling.noise_level, sampling.variant, sampling.max_t, sampling.sigma_min, sampling.sigma_max
         )
         negative = self._encode([""]) if sampling.guidance_scale != 1 else None
-        self.replayer = Replayer(model, config.grpo, self.noise, sampling.guidance_scale, negative)
+        self.replayer = Replayer(model, self.policy, config.grpo, self.noise, sampling.guidance_scale, negative)
         self.base_travel: dict[str, float] = {}
         self.recompute_old = False
         self.ratio_checked = False
@@ -188,7 +180,7 @@ class GRPO:
             return
         repeated = [prompt for prompt in new for _ in range(samples)]
         seeds = [derive_seed(self.config.seed, "base", prompt, k) for prompt in new for k in range(samples)]
-        with lora_disabled(self.model.transformer):
+        with self.policy.reference():
             latents = self._sample(
                 self._encode(repeated), window, noise_seeds=seeds, step_seeds=seeds, slots=list(range(len(seeds)))
             ).latents
@@ -246,7 +238,7 @@ class GRPO:
             total = max(1, len(everywhere[inner]))
             result = self.replayer.backward(trajectory, text, part, old[inner], advantages, total)
             if inner == 0 and not self._first_ratio_holds(result):
-                self.optimizer.zero_grad(set_to_none=True)
+                self.policy.discard_gradients()
                 old = [self._old_log_probs(trajectory, text, each) for each in parts]
                 result = self.replayer.backward(trajectory, text, part, old[inner], advantages, total)
                 if not self._first_ratio_holds(result):
@@ -284,35 +276,12 @@ class GRPO:
         return True
 
     def _step(self, number: int, result: ReplayStatistics) -> float:
-        """Sum gradients over processes, clip, check, step. Returns the gradient's norm."""
-        self.processes.sum_gradients(self.parameters)
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.optim.grad_clip)
-        finite = bool(torch.isfinite(norm)) and all(bool(torch.isfinite(value)) for value in result.sums.values())
-        if self.processes.any(not finite, self.model.device):
-            self._stop_on_non_finite(number)
-        rate = self.config.optim.learning_rate * min(1.0, (number + 1) / max(1, self.config.optim.warmup_updates))
-        for parameters in self.optimizer.param_groups:
-            parameters["lr"] = rate
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return float(norm)
-
-    def _stop_on_non_finite(self, number: int) -> None:
-        """Keep what reproduces the update (its seeds follow from its number), and stop before the adapter is spoilt."""
-        file = Path(self.config.output) / f"nonfinite-{number:06d}-rank{self.processes.rank}.pt"
-        prompts = [self.prompts[i] for i in self._prompts_of(number)]
-        torch.save(
-            {
-                "update": number,
-                "prompts": prompts,
-                "adapter": lora_state(self.model.transformer),
-                "config": self.config.model_dump(mode="json"),
-            },
-            file,
-        )
-        raise UserError(
-            f"loss or gradient is not finite in update {number}; nothing was changed and {file} reproduces it: "
-            "lower optim.learning_rate or set model.dtype: float32, and run again to resume"
+        """The optimizer's step; returns the gradient's norm."""
+        zero = torch.zeros((), dtype=torch.float64, device=self.model.device)
+        return self.policy.step(
+            number,
+            loss=sum(result.sums.values(), zero),
+            reproduction=lambda: {"prompts": [self.prompts[i] for i in self._prompts_of(number)]},
         )
 
     def _statistics(self, statistics: ReplayStatistics, norms: Sequence[float]) -> dict[str, float]:
@@ -324,7 +293,7 @@ class GRPO:
         metrics = dict(zip(names, means, strict=True))
         deviation = statistics.deviation if statistics.deviation is not None else zero
         metrics["ratio_deviation"] = float(self.processes.gather(deviation.float().view(1)).max())
-        return metrics | {"grad_norm": sum(norms) / len(norms), "learning_rate": self.optimizer.param_groups[0]["lr"]}
+        return metrics | {"grad_norm": sum(norms) / len(norms), "learning_rate": self.policy.learning_rate}
 
 
 def _local_part(transitions: Int[Tensor, "M 2"], mine: range) -> Int[Tensor, "P 2"]:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from vggrpo.config import GRPOConfig
 from vggrpo.models.base import VideoModel
-from vggrpo.models.lora import lora_disabled
 from vggrpo.posttraining.loss import clipped_policy_loss, gaussian_kl
+from vggrpo.posttraining.policy import Policy
 from vggrpo.sampling.flow_sde import SDEStep, diffusion_scale, sde_step
 from vggrpo.sampling.rollout import NoiseSettings, Trajectory, guided_velocity
 
@@ -23,7 +23,8 @@ class Replayer:
     """The policy and how its steps were made; scores transitions (sample, step) of one roll-out.
 
     Attributes:
-        model: the policy, with its LoRA on.
+        model: calls the policy's network.
+        policy: knows the reference.
         settings: the update's hyperparameters.
         noise: the roll-out's noise.
         guidance_scale: the roll-out's guidance, 1 = none.
@@ -31,6 +32,7 @@ class Replayer:
     """
 
     model: VideoModel
+    policy: Policy
     settings: GRPOConfig
     noise: NoiseSettings
     guidance_scale: float = 1.0
@@ -96,7 +98,7 @@ class Replayer:
 
     @torch.no_grad()
     def _reference(self, trajectory: Trajectory, text: Tensor, chosen: Tensor) -> SDEStep:
-        with lora_disabled(self.model.transformer):
+        with self.policy.reference():
             return self.step(trajectory, text, chosen)
 
     def _kl_scale(self, trajectory: Trajectory, chosen: Tensor, step: SDEStep) -> Float[Tensor, "M 1 1 1 1"]:

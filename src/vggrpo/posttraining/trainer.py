@@ -28,9 +28,9 @@ from vggrpo.io.atomic import atomic_write, ensure_directory
 from vggrpo.io.manifest import read_jsonl
 from vggrpo.models.base import VideoModel
 from vggrpo.models.loading import load_video_model
-from vggrpo.models.lora import attach_lora, export_lora, lora_state, set_lora_state
+from vggrpo.posttraining.algorithm import Algorithm, Context, find_algorithm
 from vggrpo.posttraining.card import lora_card
-from vggrpo.posttraining.grpo import GRPO
+from vggrpo.posttraining.policy import Policy
 from vggrpo.posttraining.scoring import GeometryReader, check_rewards
 from vggrpo.sampling.seeds import derive_seed
 from vggrpo.tracking import Stopwatch, Tracker
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 _PACKAGES = ("torch", "diffusers", "peft", "transformers")
 
 
-def train_grpo(
+def train(
     config: TrainConfig,
     *,
     model: VideoModel | None = None,
@@ -47,11 +47,11 @@ def train_grpo(
     prompts: Sequence[str] | None = None,
     progress: bool = True,
 ) -> Path:
-    """Tune a video model with GRPO; resumes by itself.
+    """Tune a video model with `config.algorithm`; resumes by itself.
 
     Args:
         config: see `vggrpo.config.TrainConfig`.
-        model: use this video model instead of loading `config.model.path`; it gets the LoRA.
+        model: use this video model instead of loading `config.model.path`; it is changed.
         lgm: use this geometry reader instead of loading `config.lgm.path`.
         prompts: use these instead of `config.data.prompts`.
         progress: show a progress bar.
@@ -63,6 +63,7 @@ def train_grpo(
         UserError: for bad input; nothing of an earlier run is overwritten.
         KeyboardInterrupt: after SIGINT or SIGTERM, when the resumable state is saved.
     """
+    algorithm = find_algorithm(config.algorithm)
     check_rewards(config.rewards)
     processes = Processes.join()
     output = ensure_directory(config.output)
@@ -79,8 +80,12 @@ def train_grpo(
         local_rank=processes.local_rank,
         load_vae=False,
     )
-    lgm = lgm or load_lgm(config.lgm.path, model.device)
-    run = _Run(config, model, lgm, prompts, fingerprint, processes)
+    if algorithm.needs_lgm:
+        lgm = lgm or load_lgm(config.lgm.path, model.device)
+    policy = Policy(config, model, processes)
+    context = Context(config, model, policy, lgm if algorithm.needs_lgm else None, prompts, processes)
+    run = _Run(context, algorithm(context), fingerprint)
+    torch.manual_seed(derive_seed(config.seed, "torch", processes.rank))
     start = run.resume(checkpoint) if checkpoint is not None else 0
     if processes.is_main:
         atomic_write(output / "config.yaml", dump_config(config))
@@ -99,35 +104,10 @@ def train_grpo(
 class _Run:
     """Everything that changes while a run goes on."""
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        model: VideoModel,
-        lgm: GeometryReader,
-        prompts: Sequence[str],
-        fingerprint: str,
-        processes: Processes,
-    ) -> None:
-        self.config, self.model, self.processes, self.fingerprint = config, model, processes, fingerprint
-        self.output = Path(config.output)
-        lora, optim = config.lora, config.optim
-        self.parameters = attach_lora(
-            model.transformer,
-            rank=lora.rank,
-            alpha=lora.alpha,
-            targets=lora.targets,
-            seed=derive_seed(config.seed, "lora"),
-        )
-        if config.model.gradient_checkpointing:
-            model.transformer.enable_gradient_checkpointing()
-        self.optimizer = torch.optim.AdamW(
-            self.parameters,
-            lr=optim.learning_rate,
-            betas=(optim.beta1, optim.beta2),
-            weight_decay=optim.weight_decay,
-        )
-        self.algorithm = GRPO(config, model, lgm, prompts, self.parameters, self.optimizer, processes)
-        torch.manual_seed(derive_seed(config.seed, "torch", processes.rank))
+    def __init__(self, context: Context, algorithm: Algorithm, fingerprint: str) -> None:
+        self.config, self.policy, self.processes = context.config, context.policy, context.processes
+        self.model, self.algorithm, self.fingerprint = context.model, algorithm, fingerprint
+        self.output = Path(context.config.output)
 
     def loop(self, start: int, tracker: Tracker, stop: threading.Event) -> None:
         """Do the remaining updates; save every `save_every`, at the end, and when asked to stop."""
@@ -148,24 +128,19 @@ class _Run:
 
     def export(self, step: int) -> None:
         """The LoRA as diffusers loads it, with its model card."""
-        export_lora(self.model.transformer, self.output / "lora")
+        directory = self.policy.export(self.output)
         log = self.output / "log.jsonl"
         last = read_jsonl(log)[-1] if log.is_file() else {}
-        atomic_write(self.output / "lora" / "README.md", lora_card(self.config, step, last))
+        atomic_write(directory / "README.md", lora_card(self.config, step, last))
 
     def save(self, step: int) -> None:
         """Checkpoint and LoRA, by the main process; all wait for it."""
         random_states = self._gather_random_states()
         if self.processes.is_main:
-            tensors = {
-                "adapter": lora_state(self.model.transformer),
-                "optimizer": self.optimizer.state_dict(),
-                "random": random_states,
-            }
+            tensors = {**self.policy.tensors(), "random": random_states}
             state = {
                 "config": self.config.model_dump(mode="json"),
                 "prompts": self.fingerprint,
-                "prompt_position": step * self.config.grpo.prompts_per_update,
                 "algorithm": self.algorithm.state(),
                 "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
             }
@@ -174,9 +149,8 @@ class _Run:
         self.processes.barrier()
 
     def resume(self, checkpoint: Checkpoint) -> int:
-        """Put back adapter, optimizer, random state and the algorithm's own; returns the next update's number."""
-        set_lora_state(self.model.transformer, checkpoint.tensors["adapter"])
-        self.optimizer.load_state_dict(checkpoint.tensors["optimizer"])
+        """Put back weights, optimizer, random state and the algorithm's own; returns the next update's number."""
+        self.policy.load(checkpoint.tensors)
         states = checkpoint.tensors["random"]
         if self.processes.rank < len(states):
             torch.set_rng_state(states[self.processes.rank])
