@@ -291,3 +291,17 @@ def test_real_wan_latents_at_full_shape(shared_dir: Path) -> None:
     assert prediction.frame_index.tolist() == list(range(0, 61, 4))
     torch.testing.assert_close(prediction.cam2world[:, 0], torch.eye(4)[None])
     assert all(torch.isfinite(v.float()).all() for v in scores.values())
+
+
+@torch.no_grad()
+def test_first_names_of_layer_scale_still_load() -> None:
+    """The embedded networks' first files call `ls1.gamma` plain `ls1`; nothing may change by a bit."""
+    model, frames = tiny_vggt(), torch.rand(1, 2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    for name, parameter in model.named_parameters():
+        if name.endswith(".gamma"):
+            parameter.copy_(torch.linspace(-1, 1, 32))
+    old = {name.removesuffix(".gamma"): value for name, value in model.state_dict().items()}
+    assert "frame_blocks.0.ls1" in old
+    other = tiny_vggt()
+    other.load_state_dict(old)
+    assert_same(other(frames), model(frames))

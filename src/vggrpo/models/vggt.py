@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from vggrpo.errors import UserError
 from vggrpo.geometry import GeometryPrediction
 from vggrpo.geometry.se3 import anchor_cameras, invert_se3
-from vggrpo.models.vggt_layers import Block, ConvBlock, ConvStem, DenseHead, PatchStem, rope_tables
+from vggrpo.models.vggt_layers import ConvBlock, ConvStem, DenseHead, PatchStem
+from vggrpo.models.vit_layers import Block, rope_tables
 
 # Channels of the dense head.
 _INVERSE_DEPTH, _CONF, _FLOW, _DYNAMIC, _SUBJECT = 0, 1, slice(2, 5), 5, 6
