@@ -88,7 +88,7 @@ def softened(video: Tensor, generator: torch.Generator) -> Tensor:
     share, size = torch.rand(2, generator=generator).tolist()
     if share > BLUR_SHARE:
         return video
-    b, c, s, h, w = video.shape
+    b, _, s, h, w = video.shape
     small = int(BLUR_SIZE + size * (h - BLUR_SIZE)), int(BLUR_SIZE + size * (w - BLUR_SIZE))
     frames = video.transpose(1, 2).flatten(0, 1)
     frames = F.interpolate(frames, small, mode="bilinear", antialias=True, align_corners=False)
