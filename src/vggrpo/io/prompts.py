@@ -16,6 +16,11 @@ def read_prompts(path: Path | str) -> list[str]:
     Raises:
         UserError: when the file is missing, is a directory, is not UTF-8 text, or holds no prompt.
     """
+    return [line for line in read_prompt_lines(path) if not line.startswith("#")]
+
+
+def read_prompt_lines(path: Path | str) -> list[str]:
+    """`read_prompts` with the comments (`# ...`) in their places."""
     file = Path(path)
     if not file.exists():
         raise UserError(f"prompt file {file} does not exist; give a UTF-8 text file with one prompt a line")
@@ -31,8 +36,7 @@ def read_prompts(path: Path | str) -> list[str]:
         raise UserError(f"prompt file {file} cannot be read: {error.strerror or error}") from error
     if "\0" in text:
         raise UserError(f"prompt file {file} holds binary data; give a UTF-8 text file with one prompt a line")
-    lines = (line.strip() for line in text.splitlines())
-    prompts = [line for line in lines if line and not line.startswith("#")]
-    if not prompts:
+    lines = [line for line in map(str.strip, text.splitlines()) if line]
+    if all(line.startswith("#") for line in lines):
         raise UserError(f"prompt file {file} holds no prompt; write one prompt a line")
-    return prompts
+    return lines
