@@ -13,36 +13,11 @@ import platform
 from dataclasses import dataclass
 from pathlib import Path
 
+from vggrpo.models.licences import WEIGHTS, Weights
+
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "av", "opencv-python-headless", "plotly")
 RECIPES = ("tiny", "wan2.1-t2v-1.3b", "wan2.2-ti2v-5b")
 _GIB = 1024**3
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Weights that are not shipped here.
-
-    Attributes:
-        repository: where they are, `owner/name` on the Hugging Face hub.
-        role: what they do here.
-        licence: as their publisher states it; "not stated" where the model card names none.
-    """
-
-    repository: str
-    role: str
-    licence: str
-
-
-WEIGHTS = (
-    Weights("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "video model", "Apache-2.0"),
-    Weights("Wan-AI/Wan2.2-TI2V-5B-Diffusers", "video model", "Apache-2.0"),
-    Weights("facebook/VGGT-1B", "geometry, static scenes", "non-commercial, see its model card"),
-    Weights("facebook/VGGT-1B-Commercial", "geometry, static scenes", "VGGT licence: commercial use, on request"),
-    Weights("depth-anything/DA3-LARGE-1.1", "geometry, static scenes", "CC BY-NC 4.0: no commercial use"),
-    Weights("depth-anything/DA3-BASE", "geometry, static scenes", "Apache-2.0"),
-    Weights("depth-anything/DA3-SMALL", "geometry, static scenes", "Apache-2.0"),
-    Weights("airlabshare/any4d-checkpoint", "geometry, moving scenes", "not stated: ask the authors"),
-)
 
 
 @dataclass(frozen=True)

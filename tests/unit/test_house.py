@@ -47,6 +47,7 @@ def test_every_import_of_the_package_is_declared(project):
 
     modules = {
         "accelerate": "accelerate", "av": "av", "cv2": "opencv-python-headless", "diffusers": "diffusers",
+        "huggingface_hub": "huggingface-hub",
         "jaxtyping": "jaxtyping", "numpy": "numpy", "peft": "peft", "plotly": "plotly", "psutil": "psutil",
         "pydantic": "pydantic", "rich": "rich", "safetensors": "safetensors", "tokenizers": "tokenizers",
         "torch": "torch", "transformers": "transformers", "yaml": "pyyaml",

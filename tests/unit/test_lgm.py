@@ -97,7 +97,7 @@ def test_vggt_survives_its_files_and_refuses_broken_ones(tmp_path: Path) -> None
         assert_same(VGGT.from_pretrained(tmp_path)(frames), model(frames))
     weights = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(weights[: len(weights) // 2])
-    refused(VGGT, tmp_path, "cannot be loaded")
+    refused(VGGT, tmp_path, "cannot be read")
     (tmp_path / "model.safetensors").unlink()
     refused(VGGT, tmp_path, "missing")
     refused(VGGT, tmp_path / "nowhere", "config.json is missing")

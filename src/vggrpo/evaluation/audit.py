@@ -21,7 +21,8 @@ from vggrpo.evaluation.statistics import spearman, within_group_spearman
 from vggrpo.geometry import GeometryPrediction
 from vggrpo.io.atomic import atomic_write_json, ensure_directory
 from vggrpo.lgm import LatentGeometryModel
-from vggrpo.models.vggt import VGGT
+from vggrpo.models.base import GeometryModel
+from vggrpo.models.loading import load_geometry_model
 from vggrpo.models.wan import WanVideoModel
 from vggrpo.rewards import camera_motion_smoothness, geometry_reprojection_consistency
 from vggrpo.sampling import ode_sample
@@ -57,7 +58,7 @@ def audit_reward(
     """
     model = LatentGeometryModel.from_pretrained(assets.path("lgm") if str(lgm) == "embedded" else lgm)
     judge_path, pipeline = (assets.path(n) if models is None else models / n for n in ("judge", "pipeline"))
-    judge, video_model = VGGT.from_pretrained(judge_path), WanVideoModel.from_pretrained(pipeline)
+    judge, video_model = load_geometry_model(judge_path), WanVideoModel.from_pretrained(pipeline)
     rendered = _rendered_terms(model, judge, video_model, clips, seed, batch)
     generated = _generated_terms(model, judge, video_model, clips, seed, batch)
     floor, base = _mean(rendered["smooth"]["lgm"]["e_geo"]), _mean(generated["lgm"]["e_geo"])
@@ -89,7 +90,7 @@ def _terms(prediction: GeometryPrediction) -> dict[str, Tensor]:
 
 @torch.inference_mode()
 def _rendered_terms(
-    lgm: LatentGeometryModel, judge: VGGT, video_model: WanVideoModel, clips: int, seed: int, batch: int
+    lgm: LatentGeometryModel, judge: GeometryModel, video_model: WanVideoModel, clips: int, seed: int, batch: int
 ) -> dict[str, dict[str, dict[str, Tensor]]]:
     """Terms of rendered clips by kind (smooth, handheld, wobble) and by who measures (lgm, judge, truth)."""
     rows: dict[str, dict[str, list[dict[str, Tensor]]]] = {}
@@ -113,7 +114,7 @@ def _rendered_terms(
 
 @torch.inference_mode()
 def _generated_terms(
-    lgm: LatentGeometryModel, judge: VGGT, video_model: WanVideoModel, clips: int, seed: int, batch: int
+    lgm: LatentGeometryModel, judge: GeometryModel, video_model: WanVideoModel, clips: int, seed: int, batch: int
 ) -> dict[str, dict[str, Tensor]]:
     """Terms of the base generator's clips, `GROUP` a prompt in a row."""
     prompts = [p for p in sample_prompts(max(1, clips // GROUP), seed + 1, split="heldout") for _ in range(GROUP)]

@@ -101,9 +101,9 @@ class EvaluationModels:
 def _load(name: str, directory: Path) -> Any:
     # Imported here, so that the classical metrics don't pay for the networks.
     if name == "judge":
-        from vggrpo.models.vggt import VGGT
+        from vggrpo.models.loading import load_geometry_model
 
-        return VGGT.from_pretrained(directory)
+        return load_geometry_model(directory)
     from vggrpo.models.attributes import AttributeClassifier
 
     return AttributeClassifier.from_pretrained(directory)

@@ -63,7 +63,7 @@ def geometry_loss(
     """Weighted sum of L1-like losses, one a head, and each for the log.
 
     Args:
-        raw: logits of confidence and masks, as `VGGT.predict` gives them.
+        raw: logits of confidence and masks, as `GeometryModel.predict` gives them.
         target: in units of its first view's median depth (`unit_depth`).
     """
     depth = target.depth
@@ -95,7 +95,7 @@ def geometry_loss(
         # Few pixels move, so they count as much as all the others together.
         parts["flow"] = miss.mean() + (miss * moving).sum() / moving.sum().clamp_min(1.0)
     for name, mask in (("dynamic", target.dynamic_mask), ("subject", target.subject_mask)):
-        if mask is not None:
+        if mask is not None and f"{name}_logit" in raw:  # not every backend has such a head
             parts[name] = F.binary_cross_entropy_with_logits(raw[f"{name}_logit"], mask.float())
     total = sum(weights[name] * value for name, value in parts.items())
     return total, {name: value.item() for name, value in parts.items()}

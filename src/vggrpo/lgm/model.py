@@ -7,9 +7,8 @@ latents.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -17,13 +16,21 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from pydantic import BaseModel, ConfigDict, Field
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vggrpo.errors import UserError
 from vggrpo.geometry import GeometryPrediction
 from vggrpo.lgm.connector import Connector, ViewRate, at_view_rate
-from vggrpo.models.vggt import VGGT
+from vggrpo.models.base import GeometryModel
+from vggrpo.models.loading import load_geometry_model
+from vggrpo.models.pretrained import (
+    fill,
+    read_config,
+    read_weights,
+    reading,
+    require_names,
+    write_pretrained,
+)
 
 
 class LGMConfig(BaseModel):
@@ -41,16 +48,21 @@ class LGMConfig(BaseModel):
     view_rate: ViewRate = "latent"
     lora_rank: int = Field(64, ge=0, description="0: no LoRA, the connector alone is trained")
     lora_alpha: int = Field(32, ge=1)
-    backend: Literal["vggt"] = "vggt"
+    backend: str = Field("vggt", description="`model_type` of the geometry model")
 
 
 class LatentGeometryModel(nn.Module):
     """Latents in, geometry out. Build with `from_pretrained`, or around a geometry model for training."""
 
-    def __init__(self, config: LGMConfig, geometry: VGGT) -> None:
+    def __init__(self, config: LGMConfig, geometry: GeometryModel) -> None:
         super().__init__()
+        if geometry.model_type != config.backend:
+            raise UserError(
+                f"this LGM was made for a geometry model of type {config.backend!r}, {config.geometry} holds a "
+                f"{geometry.model_type!r}; name the one it was made for"
+            )
         self.config = config
-        self.geometry = geometry
+        self.geometry: Any = geometry
         self.connector = Connector(config.latent_channels, geometry.embed_dim(config.layer), config.stride)
         # Mean activation of the special tokens at the stitch point: first view, other views.
         self.register_buffer("special", geometry.special_tokens(config.layer).detach().clone())
@@ -98,15 +110,10 @@ class LatentGeometryModel(nn.Module):
 
         The geometry model is referred to.
         """
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
         state = {f"connector.{k}": v for k, v in self.connector.state_dict().items()} | {"special": self.special}
         if self.config.lora_rank:
             state |= {f"lora.{k}": v for k, v in get_peft_model_state_dict(self.geometry).items()}
-        (directory / "config.json").write_text(
-            json.dumps({"model_type": "latent_geometry_model"} | self.config.model_dump(), indent=2) + "\n"
-        )
-        save_file({k: v.detach().to(dtype).contiguous() for k, v in state.items()}, directory / "model.safetensors")
+        write_pretrained(directory, {"model_type": "latent_geometry_model"} | self.config.model_dump(), state, dtype)
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> LatentGeometryModel:
@@ -118,43 +125,33 @@ class LatentGeometryModel(nn.Module):
             UserError: missing or damaged files, or weights that do not fit the config.
         """
         directory = Path(directory)
-        try:
-            values = json.loads((directory / "config.json").read_text())
+        remedy = "make one with `vggrpo world pretrain lgm`, or copy it again"
+        with reading("latent geometry model", directory, remedy):
+            values = read_config(directory)
             values.pop("model_type", None)
             config = LGMConfig(**values)
-            state = load_file(directory / "model.safetensors")
-        except FileNotFoundError as error:
-            raise UserError(
-                f"no latent geometry model in {directory}: it needs config.json and model.safetensors; "
-                f"make one with `vggrpo world pretrain lgm`"
-            ) from error
-        except Exception as error:
-            raise UserError(
-                f"the latent geometry model in {directory} cannot be read: {str(error).splitlines()[0]}; "
-                f"copy or train it again"
-            ) from error
-        model = cls(config, VGGT.from_pretrained(directory / config.geometry))
-        model.add_lora()
-        try:
-            model.load_state_dict_parts({k: v.float() for k, v in state.items()})
-        except (KeyError, RuntimeError) as error:
-            raise UserError(
-                f"the weights in {directory} do not fit its config: {str(error).splitlines()[0]}; "
-                f"copy or train it again"
-            ) from error
+            state = read_weights(directory)
+            beside = directory / config.geometry
+            model = cls(config, load_geometry_model(beside if beside.exists() else config.geometry))
+            model.add_lora()
+            model.load_state_dict_parts(state)
         model.merge_lora()
         return model.requires_grad_(False).eval()
 
     def load_state_dict_parts(self, state: dict[str, Tensor]) -> None:
         """Connector, special tokens and LoRA from one flat dict, as `save_pretrained` writes it."""
-        self.connector.load_state_dict(
-            {k.removeprefix("connector."): v for k, v in state.items() if k.startswith("connector.")}
+        lora = {k.removeprefix("lora."): v.float() for k, v in state.items() if k.startswith("lora.")}
+        want = get_peft_model_state_dict(self.geometry) if self.config.lora_rank else {}
+        want, have = want | {"special": self.special}, lora | {k: v for k, v in state.items() if k == "special"}
+        require_names(
+            sorted(want.keys() - have.keys()),
+            sorted(have.keys() - want.keys()),
+            [name for name in sorted(want.keys() & have.keys()) if want[name].shape != have[name].shape],
         )
+        connector = {k.removeprefix("connector."): v for k, v in state.items() if k.startswith("connector.")}
+        fill(self.connector, connector)
         self.special.copy_(state["special"])
-        if self.config.lora_rank:
-            lora = {k.removeprefix("lora."): v for k, v in state.items() if k.startswith("lora.")}
-            if set(lora) != set(get_peft_model_state_dict(self.geometry)):
-                raise KeyError("the LoRA's names are not those of the geometry model's layers")
+        if lora:
             set_peft_model_state_dict(self.geometry, lora)
 
     def _check(self, latents: Tensor) -> None:

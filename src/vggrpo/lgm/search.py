@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vggrpo.lgm.connector import KERNEL, PADDING, Connector
-from vggrpo.models.vggt import VGGT
+from vggrpo.models.base import GeometryModel
 
 Pair = tuple[Float[Tensor, "B C S H W"], Float[Tensor, "B S 3 H8 W8"]]
 
@@ -55,7 +55,7 @@ def neighbourhoods(latents: Float[Tensor, "B C S H W"], stride: int) -> Float[Te
 
 @torch.no_grad()
 def search_layers(
-    geometry: VGGT,
+    geometry: GeometryModel,
     train: Iterable[Pair],
     heldout: Iterable[Pair],
     stride: int,
@@ -69,14 +69,15 @@ def search_layers(
         ridge: relative to the mean square of the latents.
     """
     layers = geometry.stitch_points() if layers is None else layers
-    gram = cross = specials = torch.zeros((), dtype=torch.float64)
-    count = 0
+    gram = cross = torch.zeros((), dtype=torch.float64)
+    specials, count = [gram] * len(layers), 0
     for latents, frames in train:
         rows = neighbourhoods(latents, stride)
         tokens, special = _targets(geometry, frames, layers)
         # Products in float32, sums in float64: millions of rows lose digits otherwise.
         gram, cross = gram + (rows.T @ rows).double(), cross + (rows.T @ tokens).double()
-        specials, count = specials + special.double() * len(frames), count + len(frames)
+        specials = [sum_ + mean.double() * len(frames) for sum_, mean in zip(specials, special, strict=True)]
+        count += len(frames)
     size = len(gram)
     penalty = ridge * gram.diagonal()[:-1].mean() * torch.ones(size, dtype=torch.float64)
     penalty[-1] = 0.0  # the bias is free
@@ -84,25 +85,27 @@ def search_layers(
     score = _held_out_r2(geometry, heldout, layers, stride, solution)
     dims = [geometry.embed_dim(layer) for layer in layers]
     fits = []
-    for layer, w, special, r2 in zip(layers, solution.split(dims, 1), (specials / count).float(), score, strict=True):
+    for layer, w, special, r2 in zip(layers, solution.split(dims, 1), specials, score, strict=True):
         weight = w[:-1].T.reshape(len(w.T), -1, KERNEL, KERNEL, KERNEL)
-        fits.append(StitchFit(layer, weight.contiguous(), w[-1].clone(), special, r2))
+        fits.append(StitchFit(layer, weight.contiguous(), w[-1].clone(), (special / count).float(), r2))
     return sorted(fits, key=lambda fit: -fit.r2)
 
 
 def _targets(
-    geometry: VGGT, frames: Tensor, layers: list[int]
-) -> tuple[Float[Tensor, "N sumD"], Float[Tensor, "L 2 M D"]]:
+    geometry: GeometryModel, frames: Tensor, layers: list[int]
+) -> tuple[Float[Tensor, "N sumD"], list[Float[Tensor, "2 M D"]]]:
     """Patch tokens of all layers side by side, and the mean special tokens of each layer."""
-    count = geometry.special_tokens(0).shape[1]
     tapped = [geometry.tap(frames, layer) for layer in layers]
-    patches = torch.cat([t[:, :, count:].flatten(0, 2) for t in tapped], 1)
-    special = torch.stack([torch.stack([t[:, 0, :count].mean(0), t[:, 1:, :count].mean((0, 1))]) for t in tapped])
+    counts = [geometry.special_tokens(layer).shape[1] for layer in layers]
+    patches = torch.cat([t[:, :, m:].flatten(0, 2) for t, m in zip(tapped, counts, strict=True)], 1)
+    special = [
+        torch.stack([t[:, 0, :m].mean(0), t[:, 1:, :m].mean((0, 1))]) for t, m in zip(tapped, counts, strict=True)
+    ]
     return patches, special
 
 
 def _held_out_r2(
-    geometry: VGGT, pairs: Iterable[Pair], layers: list[int], stride: int, solution: Tensor
+    geometry: GeometryModel, pairs: Iterable[Pair], layers: list[int], stride: int, solution: Tensor
 ) -> list[float]:
     """1 - residual / variance over held-out tokens, one number a layer."""
     residual = total = first = torch.zeros((), dtype=torch.float64)

@@ -10,12 +10,21 @@ _HOMES = {
     "LatentSpec": "base",
     "VideoModel": "base",
     "GeometryModel": "base",
+    "load_geometry_model": "loading",
     "WanVideoModel": "wan",
     "VGGT": "vggt",
     "AttributeClassifier": "attributes",
 }
 
-__all__ = ["VGGT", "AttributeClassifier", "GeometryModel", "LatentSpec", "VideoModel", "WanVideoModel"]
+__all__ = [
+    "VGGT",
+    "AttributeClassifier",
+    "GeometryModel",
+    "LatentSpec",
+    "VideoModel",
+    "WanVideoModel",
+    "load_geometry_model",
+]
 
 
 def __getattr__(name: str) -> Any:

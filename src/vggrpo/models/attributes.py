@@ -6,17 +6,15 @@ never on generated ones, and no reward or training loss may read it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vggrpo.errors import UserError
+from vggrpo.models.pretrained import build, read_config, read_weights, reading, write_pretrained
 
 FRAMES, SIZE = 9, 64
 
@@ -64,11 +62,8 @@ class AttributeClassifier(nn.Module):
 
     def save_pretrained(self, directory: str | Path, dtype: torch.dtype = torch.float16) -> None:
         """Write `config.json` and `model.safetensors`."""
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
         config = {"model_type": "attribute_classifier", "labels": self.labels, "width": self.width}
-        (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        save_file({k: v.to(dtype).contiguous() for k, v in self.state_dict().items()}, directory / "model.safetensors")
+        write_pretrained(directory, config, self.state_dict(), dtype)
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> AttributeClassifier:
@@ -77,17 +72,9 @@ class AttributeClassifier(nn.Module):
         Raises:
             UserError: missing or damaged files.
         """
-        directory = Path(directory)
-        try:
-            config = json.loads((directory / "config.json").read_text())
-            model = cls(config["labels"], config["width"])
-            model.load_state_dict({k: v.float() for k, v in load_file(directory / "model.safetensors").items()})
-        except Exception as error:
-            raise UserError(
-                f"the attribute classifier in {directory} cannot be loaded: {str(error).splitlines()[0]}; "
-                f"reinstall or train it again"
-            ) from error
-        return model.requires_grad_(False).eval()
+        with reading("attribute classifier", directory, "reinstall or train it again"):
+            config = read_config(Path(directory))
+            return build(lambda: cls(config["labels"], config["width"]), read_weights(Path(directory)))
 
 
 def label_vector(labels: Sequence[str], attributes: dict) -> Float[Tensor, " L"]:

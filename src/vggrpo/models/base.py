@@ -112,13 +112,32 @@ class VideoModel(Protocol):
 
 @runtime_checkable
 class GeometryModel(Protocol):
-    """A feed-forward geometry network that can be cut open after a layer.
+    """A feed-forward geometry network (an `nn.Module`) that can be cut open after a layer.
 
-    `resume(tap(frames, l), l) == forward(frames)` holds for every `l` in `stitch_points()`.
+    `resume(tap(frames, l), l, grid) == forward(frames)` holds for every `l` in `stitch_points()`. What leaves a backend
+    follows the conventions of `GeometryPrediction`: anchored cam2world, z-depth, confidence in [0, 1].
+
+    A backend is a file of its own, listed in `vggrpo.models.loading`; `docs/add_geometry_backend.md` shows how.
     """
 
-    def forward(self, frames: Float[Tensor, "B S 3 H W"]) -> GeometryPrediction:
+    model_type: str
+    """Name of the backend in `config.json`."""
+
+    @classmethod
+    def from_checkpoint(cls, config: dict[str, Any], state: dict[str, Tensor]) -> GeometryModel:
+        """A frozen network from the values of `config.json` (empty: a public checkpoint without one) and its weights.
+
+        Raises:
+            ValueError: names or shapes that do not fit, in one line.
+        """
+        ...
+
+    def __call__(self, frames: Float[Tensor, "B S 3 H W"]) -> GeometryPrediction:
         """Geometry of `S` views with values in [0, 1]."""
+        ...
+
+    def predict(self, frames: Float[Tensor, "B S 3 H W"]) -> tuple[GeometryPrediction, dict[str, Tensor]]:
+        """The same, with the raw outputs that a loss needs: see `resume_raw`."""
         ...
 
     def stitch_points(self) -> list[int]:
@@ -130,15 +149,26 @@ class GeometryModel(Protocol):
         ...
 
     def tap(self, frames: Float[Tensor, "B S 3 H W"], layer: int) -> Float[Tensor, "B S N D"]:
-        """All tokens (special ones included) after layer `layer`."""
+        """All tokens after layer `layer`, special ones first, then patches row by row."""
         ...
 
     def resume(self, tokens: Float[Tensor, "B S N D"], layer: int, grid: tuple[int, int]) -> GeometryPrediction:
         """Geometry from the tokens after layer `layer`; `grid` is the patch grid (rows, columns)."""
         ...
 
-    def special_tokens(self, layer: int) -> Float[Tensor, "S M D"]:
-        """Mean activation of the special tokens after layer `layer`."""
+    def resume_raw(
+        self, tokens: Float[Tensor, "B S N D"], layer: int, grid: tuple[int, int]
+    ) -> tuple[GeometryPrediction, dict[str, Tensor]]:
+        """`resume` with logits (B, S, H, W): `conf_logit`, and `dynamic_logit`, `subject_logit` where there are such
+        heads."""
+        ...
+
+    def special_tokens(self, layer: int) -> Float[Tensor, "2 M D"]:
+        """Special tokens of the first view and of all others as they stand after layer `layer`.
+
+        Exact where they do not depend on the pictures; elsewhere what they start from, with the right shape: the layer
+        search measures their mean, and the LGM keeps that.
+        """
         ...
 
     def lora_targets(self) -> list[str]:

@@ -1,15 +1,31 @@
-"""Which device, and which directory: what every command that loads a video model asks first."""
+"""Which device, and which directory: what every command that loads a video or geometry model asks first."""
 
 from __future__ import annotations
 
+import logging
+import re
+from importlib import import_module
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from vggrpo import assets
 from vggrpo.config import EMBEDDED
 from vggrpo.errors import UserError
+from vggrpo.models.base import GeometryModel
+from vggrpo.models.licences import WEIGHTS, licence_of
+from vggrpo.models.pretrained import read_config, read_weights, reading
 from vggrpo.models.wan import WanVideoModel
+
+logger = logging.getLogger(__name__)
+
+# A geometry backend: its `model_type`, the class that has `from_checkpoint`, and a name that only its public weights
+# have (they come without a `model_type`).
+_BACKENDS = {
+    "vggt": ("vggrpo.models.vggt", "VGGT", "aggregator.camera_token"),
+}
+_FILES = ["config.json", "*.safetensors", "*.pt", "*.pth"]
 
 
 def load_video_model(
@@ -31,6 +47,59 @@ def load_video_model(
         load_vae=load_vae,
         load_text=load_text,
     )
+
+
+def load_geometry_model(source: str | Path) -> GeometryModel:
+    """A frozen geometry network in float32: one saved here, or a public checkpoint of one of the backends.
+
+    Args:
+        source: a directory with `config.json` and weights, a weights file, or a hub id such as `facebook/VGGT-1B`.
+
+    Raises:
+        UserError: nothing there, an unknown kind of network, or weights that do not fit; one line.
+    """
+    remedy = "name a directory or hub id of a geometry model, or copy it again"
+    with reading("geometry model", source, remedy):
+        path = _local(source)
+        if not path.exists():
+            raise FileNotFoundError(2, "no such directory", str(path))
+        config = read_config(path) if (path / "config.json").is_file() else {}
+        kind = config.get("model_type")
+        if kind is not None and kind not in _BACKENDS:
+            raise UserError(f"{source} holds a model of type {kind!r}, none of {', '.join(_BACKENDS)}; {remedy}")
+        state = read_weights(path)
+        kind = kind or _recognised(state, source)
+        module, name, _ = _BACKENDS[kind]
+        return getattr(import_module(module), name).from_checkpoint(config, state)
+
+
+def _recognised(state: dict[str, Tensor], source: str | Path) -> str:
+    for kind, (_, _, telltale) in _BACKENDS.items():
+        if telltale in state:
+            logger.warning("%s: weights of %s, licence: %s", source, kind, licence_of(source, kind))
+            return kind
+    names = ", ".join(list(state)[:3])
+    raise UserError(
+        f"the {len(state)} weights in {source} ({names}, ...) are those of no known geometry model "
+        f"({', '.join(_BACKENDS)}), and no config.json names its model_type; name another checkpoint"
+    )
+
+
+def _local(source: str | Path) -> Path:
+    """The path itself, or a snapshot of the hub, for which the licence is shown first."""
+    if Path(source).exists() or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(source)):
+        return Path(source)
+    from huggingface_hub import snapshot_download
+
+    licence = next((weights.licence for weights in WEIGHTS if weights.repository == str(source)), "see its model card")
+    logger.warning("weights of %s, licence: %s", source, licence)
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=_FILES))
+    except Exception as error:  # the hub's client has a dozen kinds of its own, httpx and requests more
+        raise UserError(
+            f"no geometry model in {source}: no such directory here, and the hub gives none "
+            f"({type(error).__name__}); check the name, the network, and whether its licence must be accepted first"
+        ) from error
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:

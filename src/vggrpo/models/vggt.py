@@ -10,20 +10,19 @@ leaves this file follows `GeometryPrediction`.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vggrpo.errors import UserError
 from vggrpo.geometry import GeometryPrediction
 from vggrpo.geometry.se3 import anchor_cameras, invert_se3
+from vggrpo.models.pretrained import build, read_config, read_weights, reading, write_pretrained
 from vggrpo.models.vggt_layers import ConvBlock, ConvStem, DenseHead, PatchStem
 from vggrpo.models.vit_layers import Block, rope_tables
 
@@ -57,6 +56,8 @@ class VGGTConfig(BaseModel):
 
 class VGGT(nn.Module):
     """See the module's docstring. Layers: 0 (after the stem), then convolutions, then pairs of attention."""
+
+    model_type: ClassVar[str] = "vggt"
 
     def __init__(self, config: VGGTConfig) -> None:
         super().__init__()
@@ -101,12 +102,9 @@ class VGGT(nn.Module):
         """Geometry from the tokens after `layer`; maps have `patch` pixels a token."""
         return self.resume_raw(tokens, layer, grid)[0]
 
-    def special_tokens(self, layer: int, views: int = 2) -> Float[Tensor, "S M D"]:
-        """Special tokens of `views` views as they stand after `layer`: their parameters.
-
-        No stitch point lies past a pair unless the hooks allow it; there the caller must measure the mean activation.
-        """
-        return torch.cat([self.special[:1], self.special[1:].expand(views - 1, -1, -1)])
+    def special_tokens(self, layer: int) -> Float[Tensor, "2 M D"]:
+        """Special tokens of the first view and of the others: their parameters, which pairs of attention change."""
+        return self.special
 
     def lora_targets(self) -> list[str]:
         """Linear layers of the trunk and the heads."""
@@ -157,7 +155,8 @@ class VGGT(nn.Module):
 
     def _add_special(self, x: Float[Tensor, "B D S h w"]) -> Float[Tensor, "B S N D"]:
         patches = x.flatten(3).permute(0, 2, 3, 1)
-        special = self.special_tokens(0, patches.shape[1]).to(patches.dtype).expand(len(patches), -1, -1, -1)
+        others = self.special[1:].expand(patches.shape[1] - 1, -1, -1)
+        special = torch.cat([self.special[:1], others]).to(patches.dtype).expand(len(patches), -1, -1, -1)
         return torch.cat([special, patches], 2)
 
     def _pose(self, tokens: Tensor, special: int) -> Float[Tensor, "B S 9"]:
@@ -206,12 +205,9 @@ class VGGT(nn.Module):
 
     def save_pretrained(self, directory: str | Path, dtype: torch.dtype = torch.float32) -> None:
         """Write `config.json` and `model.safetensors`."""
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / "config.json").write_text(
-            json.dumps({"model_type": "vggt"} | self.config.model_dump(), indent=2) + "\n"
+        write_pretrained(
+            directory, {"model_type": self.model_type} | self.config.model_dump(), self.state_dict(), dtype
         )
-        save_file({k: v.to(dtype).contiguous() for k, v in self.state_dict().items()}, directory / "model.safetensors")
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> VGGT:
@@ -220,22 +216,14 @@ class VGGT(nn.Module):
         Raises:
             UserError: missing directory, foreign config or weights that do not fit it.
         """
-        directory = Path(directory)
-        try:
-            config = json.loads((directory / "config.json").read_text())
-            config.pop("model_type", None)
-            model = cls(VGGTConfig(**config))
-            model.load_state_dict({k: v.float() for k, v in load_file(directory / "model.safetensors").items()})
-        except FileNotFoundError as error:
-            raise UserError(
-                f"no geometry model in {directory}: {Path(error.filename or 'model.safetensors').name} is missing"
-            ) from error
-        except Exception as error:
-            raise UserError(
-                f"the geometry model in {directory} cannot be loaded: {str(error).splitlines()[0]}; "
-                f"download or train it again"
-            ) from error
-        return model.requires_grad_(False).eval()
+        with reading("geometry model", directory, "download or train it again"):
+            return cls.from_checkpoint(read_config(Path(directory)), read_weights(Path(directory)))
+
+    @classmethod
+    def from_checkpoint(cls, config: dict[str, Any], state: dict[str, Tensor]) -> VGGT:
+        """See `GeometryModel`."""
+        values = VGGTConfig(**{name: value for name, value in config.items() if name != "model_type"})
+        return build(lambda: cls(values), state)
 
 
 def decode_extrinsics(pose: Float[Tensor, "B S 9"]) -> Float[Tensor, "B S 4 4"]:

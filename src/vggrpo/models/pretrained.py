@@ -1,0 +1,114 @@
+"""Reading `config.json` and weights from a directory: one way, and one line for all that can be wrong with it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from vggrpo.errors import UserError
+from vggrpo.io.atomic import atomic_path, atomic_write_json
+
+WEIGHTS = ("model.safetensors", "model.pt", "model.pth", "pytorch_model.bin")
+_SHOWN = 3
+_Network = TypeVar("_Network", bound=nn.Module)
+
+
+@contextmanager
+def reading(what: str, source: str | Path, remedy: str) -> Iterator[None]:
+    """Turn what goes wrong while `what` is read from `source` into a `UserError` of one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except FileNotFoundError as error:
+        name = Path(error.filename).name if error.filename else str(error)
+        raise UserError(f"no {what} in {source}: {name} is missing; {remedy}") from error
+    except Exception as error:
+        raise UserError(f"the {what} in {source} cannot be read: {_one_line(error)}; {remedy}") from error
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The values of `config.json`."""
+    values = json.loads((directory / "config.json").read_text())
+    if not isinstance(values, dict):
+        raise ValueError("config.json holds no object")
+    return values
+
+
+def read_weights(source: Path) -> dict[str, Tensor]:
+    """Tensors of a weights file, or of the one that a directory holds; nothing but tensors is ever unpickled."""
+    if source.is_dir():
+        found = [source / name for name in WEIGHTS if (source / name).is_file()]
+        if not found:
+            raise FileNotFoundError(2, "no weights", str(source / WEIGHTS[0]))
+        source = found[0]
+    if source.suffix == ".safetensors":
+        return load_file(source)
+    state = torch.load(source, map_location="cpu", weights_only=True)
+    while isinstance(state, Mapping) and len(wrapped := [k for k in ("model", "state_dict") if k in state]) == 1:
+        state = state[wrapped[0]]  # training checkpoints keep the weights beside the optimizer
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{source.name} holds something else than weights")
+    return dict(state)
+
+
+def build(make: Callable[[], _Network], state: dict[str, Tensor]) -> _Network:
+    """A network with the weights `state` in float32, without drawing random ones first.
+
+    Raises:
+        ValueError: names or shapes that do not fit, in one line.
+    """
+    with torch.device("meta"):
+        network = make()
+    network.to_empty(device="cpu")
+    fill(network, state)
+    return network.requires_grad_(False).eval()
+
+
+def fill(network: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """`load_state_dict`, whose complaints are a wall of text, with one line instead: see `build`."""
+    missing: list[str] = []
+    try:
+        missing, unexpected = network.load_state_dict({k: v.float() for k, v in state.items()}, strict=False)
+        shapes: list[str] = []
+    except RuntimeError as error:  # shapes; names are complained about only where shapes fit
+        lines = str(error).splitlines()[1:]
+        shapes, unexpected = [line.split("for ")[-1].split(":")[0] for line in lines], []
+    require_names(missing, unexpected, shapes)
+
+
+def require_names(missing: Iterable[str], unexpected: Iterable[str], shapes: Iterable[str] = ()) -> None:
+    """Raise a `ValueError` that counts and samples the names of weights that do not fit."""
+    parts = [
+        f"{len(names)} {kind} ({', '.join(names[:_SHOWN])}{', ...' if len(names) > _SHOWN else ''})"
+        for kind, names in (
+            ("missing", list(missing)),
+            ("unexpected", list(unexpected)),
+            ("of another shape", list(shapes)),
+        )
+        if names
+    ]
+    if parts:
+        raise ValueError(f"the weights do not fit the config: {', '.join(parts)}")
+
+
+def write_pretrained(directory: str | Path, config: Mapping[str, Any], state: Mapping[str, Tensor], dtype: Any) -> None:
+    """Write `config.json` and `model.safetensors`, each whole or not at all."""
+    atomic_write_json(Path(directory) / "config.json", dict(config))
+    with atomic_path(Path(directory) / WEIGHTS[0]) as temporary:
+        save_file({k: v.detach().to(dtype).contiguous() for k, v in state.items()}, temporary)
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        return "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:_SHOWN])
+    text = str(error).strip().splitlines()
+    return text[0] if text else type(error).__name__

@@ -1,0 +1,120 @@
+"""One loader for geometry models: what it recognises, what it refuses, and what it says first."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from vggrpo import assets
+from vggrpo.errors import UserError
+from vggrpo.lgm import LatentGeometryModel
+from vggrpo.models import GeometryModel, load_geometry_model
+from vggrpo.models.attributes import AttributeClassifier
+from vggrpo.models.licences import WEIGHTS, licence_of
+from vggrpo.models.pretrained import read_weights
+from vggrpo.models.vggt import VGGT, VGGTConfig
+
+
+@pytest.fixture()
+def directory(tmp_path: Path) -> Path:
+    VGGT(VGGTConfig(dim=32, heads=2, conv_layers=1, pairs=2, hooks=(1, 2), head_features=8)).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def refused(source: Path | str, *words: str) -> None:
+    with pytest.raises(UserError) as error:
+        load_geometry_model(source)
+    text = str(error.value)
+    assert "\n" not in text and len(text) < 500
+    for word in words:
+        assert word in text, text
+
+
+def test_what_was_saved_is_loaded_and_satisfies_the_protocol(directory: Path) -> None:
+    before = torch.get_rng_state()
+    model = load_geometry_model(directory)
+    assert torch.equal(torch.get_rng_state(), before)  # loading draws nothing
+    assert isinstance(model, VGGT) and isinstance(model, GeometryModel)
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+    state = load_file(directory / "model.safetensors")
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_weights_that_do_not_fit_are_counted_in_one_line(directory: Path) -> None:
+    state = load_file(directory / "model.safetensors")
+    odd = {name.replace("frame_blocks", "pink_blocks"): value for name, value in state.items()}
+    save_file(odd, directory / "model.safetensors")
+    count = sum("frame_blocks" in name for name in state)
+    refused(
+        directory, "do not fit", f"{count} missing (frame_blocks.0.", f"{count} unexpected (pink_blocks.0.", ", ..."
+    )
+    values = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(values | {"head_features": 16}))
+    save_file(state, directory / "model.safetensors")
+    refused(directory, "of another shape (dense_head.")
+    (directory / "config.json").write_text(json.dumps(values | {"colour": "red", "dim": 0}))
+    refused(directory, "colour: Extra inputs", "dim: Input should be greater")
+
+
+def test_what_is_no_geometry_model_is_refused(directory: Path, tmp_path: Path) -> None:
+    refused(tmp_path / "nowhere", "no geometry model", "nowhere is missing")
+    refused(assets.path("attributes"), "'attribute_classifier'", "vggt")
+    (directory / "config.json").unlink()
+    refused(directory, "no known geometry model", "no config.json")
+    (directory / "model.safetensors").unlink()
+    refused(directory, "model.safetensors is missing")
+
+
+def test_a_pickle_with_code_is_not_run(tmp_path: Path) -> None:
+    class Trap:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "sprung",))
+
+    torch.save({"aggregator.camera_token": Trap()}, tmp_path / "model.pt")
+    refused(tmp_path / "model.pt", "cannot be read")
+    assert not (tmp_path / "sprung").exists()
+    torch.save({"model": {"a": torch.ones(2)}, "optimizer": {"lr": 1}}, tmp_path / "model.pt")
+    assert set(read_weights(tmp_path / "model.pt")) == {"a"}
+    torch.save({"a": [1, 2]}, tmp_path / "model.pt")
+    refused(tmp_path / "model.pt", "something else than weights")
+
+
+def test_the_licence_is_said_before_the_hub_is_asked(monkeypatch, caplog: pytest.LogCaptureFixture) -> None:
+    import huggingface_hub
+
+    def offline(name: str, **_: object) -> str:
+        assert "CC BY-NC 4.0" in caplog.text and name == "facebook/VGGT-1B"
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with caplog.at_level(logging.WARNING):
+        refused("facebook/VGGT-1B", "ConnectionError", "licence must be accepted")
+
+
+def test_every_kind_has_a_licence_and_none_is_empty() -> None:
+    assert all(weights.licence for weights in WEIGHTS)
+    assert licence_of("depth-anything/DA3-SMALL", "depth_anything_3") == "Apache-2.0"
+    assert "VGGT-1B-Commercial" in licence_of("/data/weights", "vggt")
+
+
+def test_the_other_two_say_it_the_same_way(tmp_path: Path) -> None:
+    AttributeClassifier(["camera:fixed"], width=8).save_pretrained(tmp_path)
+    save_file({"pink": torch.ones(1)}, tmp_path / "model.safetensors")
+    for kind, words in ((AttributeClassifier, "1 unexpected"), (LatentGeometryModel, "latent geometry model")):
+        with pytest.raises(UserError, match=words) as error:
+            kind.from_pretrained(tmp_path)
+        assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+
+
+def test_an_lgm_refuses_a_geometry_model_of_another_kind(tmp_path: Path) -> None:
+    values = json.loads((assets.path("lgm") / "config.json").read_text())
+    geometry = str(assets.path("geometry"))
+    (tmp_path / "config.json").write_text(json.dumps(values | {"geometry": geometry, "backend": "any4d"}))
+    (tmp_path / "model.safetensors").write_bytes((assets.path("lgm") / "model.safetensors").read_bytes())
+    with pytest.raises(UserError, match="made for a geometry model of type 'any4d'"):
+        LatentGeometryModel.from_pretrained(tmp_path)
