@@ -3,10 +3,12 @@
 reward(prediction, *, context=None, **options) -> Reward(value (B,), terms {name: (B,)}, valid (B,))
 """
 
+from vggrpo.rewards.adherence import camera_adherence
 from vggrpo.rewards.base import Reward, RewardContext, RewardFunction
 from vggrpo.rewards.camera_motion import camera_motion_smoothness
 from vggrpo.rewards.registry import REWARDS, get_reward
 from vggrpo.rewards.reprojection import geometry_reprojection_consistency
+from vggrpo.rewards.rigidity import subject_rigidity
 from vggrpo.rewards.travel import camera_motion_hinge, camera_travel
 
 __all__ = [
@@ -14,9 +16,11 @@ __all__ = [
     "Reward",
     "RewardContext",
     "RewardFunction",
+    "camera_adherence",
     "camera_motion_hinge",
     "camera_motion_smoothness",
     "camera_travel",
     "geometry_reprojection_consistency",
     "get_reward",
+    "subject_rigidity",
 ]

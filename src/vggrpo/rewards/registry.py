@@ -13,9 +13,11 @@ from functools import cache
 from importlib.metadata import entry_points
 
 from vggrpo.errors import UserError
+from vggrpo.rewards.adherence import camera_adherence
 from vggrpo.rewards.base import RewardFunction
 from vggrpo.rewards.camera_motion import camera_motion_smoothness
 from vggrpo.rewards.reprojection import geometry_reprojection_consistency
+from vggrpo.rewards.rigidity import subject_rigidity
 from vggrpo.rewards.travel import camera_motion_hinge
 
 ENTRY_POINTS = "vggrpo.rewards"
@@ -23,6 +25,8 @@ REWARDS: dict[str, RewardFunction] = {
     "camera_motion_smoothness": camera_motion_smoothness,
     "geometry_reprojection_consistency": geometry_reprojection_consistency,
     "camera_motion_hinge": camera_motion_hinge,
+    "camera_adherence": camera_adherence,
+    "subject_rigidity": subject_rigidity,
 }
 
 
