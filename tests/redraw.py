@@ -50,3 +50,19 @@ def shapes(state: dict[str, Tensor]) -> dict[str, int]:
 def golden(name: str) -> dict:
     """Numbers of a public implementation; `tests/golden/README.md` names it."""
     return json.loads((GOLDEN / name).read_text())
+
+
+def sample(values: Tensor, count: int = 40) -> Tensor:
+    """About `count` evenly spread entries, as they are stored in golden files."""
+    flat = values.detach().flatten()
+    return flat[:: max(1, len(flat) // count)][:count]
+
+
+def unfolded(names: dict[str, list]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a state dict, stored as name: [shape], or name with `blocks.*.`: [shape, [first, last]]."""
+    state: dict[str, tuple[int, ...]] = {}
+    for name, (shape, *span) in names.items():
+        first, last = span[0] if span else (0, 0)
+        for block in range(first, last + 1):
+            state[name.replace("blocks.*.", f"blocks.{block}.")] = tuple(shape)
+    return state

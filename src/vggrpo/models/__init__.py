@@ -13,6 +13,7 @@ _HOMES = {
     "load_geometry_model": "loading",
     "WanVideoModel": "wan",
     "VGGT": "vggt",
+    "Any4D": "any4d",
     "AttributeClassifier": "attributes",
 }
 

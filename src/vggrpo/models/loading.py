@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 # have (they come without a `model_type`).
 _BACKENDS = {
     "vggt": ("vggrpo.models.vggt", "VGGT", "aggregator.camera_token"),
+    "any4d": ("vggrpo.models.any4d", "Any4D", "scene_flow_dpt_regressor_head.conv1.weight"),
 }
 _FILES = ["config.json", "*.safetensors", "*.pt", "*.pth"]
 

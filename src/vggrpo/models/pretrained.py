@@ -47,7 +47,9 @@ def read_weights(source: Path) -> dict[str, Tensor]:
     """Tensors of a weights file, or of the one that a directory holds; nothing but tensors is ever unpickled."""
     if source.is_dir():
         found = [source / name for name in WEIGHTS if (source / name).is_file()]
-        if not found:
+        if not found:  # a single file of any name, as Any4D has
+            found = [path for path in source.iterdir() if path.suffix in {Path(name).suffix for name in WEIGHTS[:3]}]
+        if not found or (len(found) > 1 and found[0].name not in WEIGHTS):
             raise FileNotFoundError(2, "no weights", str(source / WEIGHTS[0]))
         source = found[0]
     if source.suffix == ".safetensors":
