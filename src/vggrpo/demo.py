@@ -26,8 +26,10 @@ from vggrpo import assets
 from vggrpo.config import load_config
 from vggrpo.errors import UserError
 from vggrpo.evaluation import build_report, compare_quality, evaluate_manifest, summarise
+from vggrpo.evaluation.scenes import scene_of, write_scenes
 from vggrpo.io.atomic import atomic_write_json, ensure_directory
 from vggrpo.io.manifest import read_jsonl, read_manifest, write_jsonl
+from vggrpo.io.video import read_video
 from vggrpo.lgm import LatentGeometryModel
 from vggrpo.posttraining import train
 from vggrpo.rewards import camera_motion_smoothness, geometry_reprojection_consistency
@@ -127,13 +129,13 @@ def _prepare(output: Path, settings: dict[str, Any], fresh: bool) -> Path:
 
 
 def _measure(output: Path, arm: str) -> list[dict[str, Any]]:
-    """Rows of `eval/ARM/metrics.jsonl`: the metrics of every video, and the two rewards of its latents; writes the
-    camera paths to `cameras.json`."""
+    """Rows of `eval/ARM/metrics.jsonl`: the metrics of every video, and the two rewards of its latents; writes what the
+    LGM sees to `scenes/ARM.jsonl`."""
     manifest = output / arm / "manifest.jsonl"
     path = evaluate_manifest(manifest, output / "eval" / arm, "fast")
     rows = read_jsonl(path)
     lgm = LatentGeometryModel.from_pretrained(assets.path("lgm"))
-    cameras: dict[str, list[list[float]]] = {}
+    scenes = []
     for row, video in zip(rows, read_manifest(manifest), strict=True):
         latents = load_file((manifest.parent / video.path).with_suffix(".safetensors"))["latents"][None]
         with torch.inference_mode():
@@ -150,11 +152,10 @@ def _measure(output: Path, arm: str) -> list[dict[str, Any]]:
                 "valid": valid,
                 "reason": None if valid else "the geometry of this clip cannot be judged",
             }
-        cameras[f"{video.prompt}|{video.seed}"] = prediction.cam2world[0, :, :3, 3].tolist()
+        frames = read_video(manifest.parent / video.path)[0][prediction.frame_index.tolist()]
+        scenes.append((video.prompt, video.seed, scene_of(prediction, frames, by="the LGM, from latents")))
     write_jsonl(path, rows)
-    everything = output / "cameras.json"
-    known = json.loads(everything.read_text()) if everything.exists() else {}
-    atomic_write_json(everything, known | {arm: cameras})
+    write_scenes(output / "scenes" / f"{arm}.jsonl", scenes)
     return rows
 
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-from headless_chromium import chromium_path, headless_page
+import torch
+from headless_chromium import Page, chromium_path, headless_page
 
 from vggrpo.errors import UserError
 from vggrpo.evaluation import build_report, compare, compare_kernel_distance, evaluate_manifest, summarise
+from vggrpo.evaluation.report import FIXED_PART
+from vggrpo.evaluation.scenes import STATIC, scene_of, write_scenes
+from vggrpo.geometry import GeometryPrediction
 from vggrpo.io.manifest import ManifestRow, read_jsonl, write_manifest
 from vggrpo.io.video import write_video
 
@@ -18,10 +23,21 @@ EVIL = "</script><script>window.hacked=1</script><img src=x onerror='window.hack
 NAMES = ["motion_flow", "sharpness"]
 
 
+def room_scene(by: str) -> dict:
+    """Three views of a wavy wall; a corner of it moves."""
+    depth = 2 + 0.1 * torch.rand(1, 3, 12, 16, generator=torch.Generator().manual_seed(0))
+    cam2world = torch.eye(4).repeat(1, 3, 1, 1)
+    cam2world[0, :, 0, 3] = torch.arange(3) * 0.1
+    intrinsics = torch.tensor([[12.0, 0, 8], [0, 12, 6], [0, 0, 1]]).expand(1, 3, 3, 3)
+    moving = torch.zeros(1, 3, 12, 16, dtype=torch.bool)
+    moving[..., :4, :4] = True
+    prediction = GeometryPrediction.from_depth(cam2world, intrinsics, depth, dynamic_mask=moving)
+    return scene_of(prediction, np.full((3, 24, 32, 3), 200, np.uint8), by=by)
+
+
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
     rng = np.random.default_rng(0)
-    cameras: dict[str, dict[str, list]] = {}
     for arm in ("base", "tuned"):
         rows = []
         for number, prompt in enumerate((EVIL, "a red ball", "a blue box")):
@@ -29,9 +45,10 @@ def run_dir(tmp_path: Path) -> Path:
             write_video(tmp_path / arm / f"clip {number} 'ü'.mp4", video, 8)
             rows.append(ManifestRow(f"clip {number} 'ü'.mp4", prompt, 0, 8.0, arm, ("static",)))
         write_manifest(tmp_path / arm / "manifest.jsonl", rows)
-        cameras[arm] = {f"{EVIL}|0": rng.normal(size=(5, 3)).tolist()}
+        write_scenes(
+            tmp_path / "scenes" / f"{arm}.jsonl", [(EVIL, 0, room_scene(arm)), ("a red ball", 0, room_scene(arm))]
+        )
     (tmp_path / "tuned" / "clip 2 'ü'.mp4").write_bytes(b"broken")
-    (tmp_path / "cameras.json").write_text(json.dumps(cameras))
     for arm in ("base", "tuned"):
         evaluate_manifest(tmp_path / arm / "manifest.jsonl", tmp_path / "eval" / arm, NAMES)
     return tmp_path
@@ -91,10 +108,30 @@ def test_kernel_distance_sees_a_shift_and_no_difference_where_there_is_none() ->
     assert moved.difference.low > 0
 
 
+def test_scene_keeps_places_colours_and_what_moves() -> None:
+    scene = room_scene("me")
+    packed = scene["points"]
+    xyz, rgb, view = (
+        np.frombuffer(base64.b64decode(packed[k]), t)
+        for k, t in zip(("xyz", "rgb", "view"), ("<i2", "u1", "<u2"), strict=True)
+    )
+    points = np.array(packed["centre"]) + packed["scale"] * xyz.reshape(-1, 3)
+    assert packed["n"] == len(points) == len(view) > 100 and set(rgb) == {200}
+    assert np.abs(points[:, 2] - 2.05).max() < 0.06  # the wall
+    assert set(view) <= {0, 1, 2, STATIC} and 0 < (view != STATIC).mean() < 0.3
+    assert np.array(scene["cameras"])[:, 3].tolist() == [0.0, 0.1, 0.2] and scene["fov"] == [0.6667, 0.5]
+    assert len(json.dumps(scene)) < 12_000
+
+
 def test_report_is_one_file_and_needs_an_evaluation(run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     page = build_report(run_dir).read_text(encoding="utf-8")
     assert "<script>window.hacked" not in page and "src=x onerror" not in page.split("report-data")[0]
     assert "http-equiv" in page and len(page) < 15_000_000
+    tight = build_report(run_dir, page_budget=FIXED_PART + 20_000).read_text(encoding="utf-8")
+    assert len(tight.encode()) < FIXED_PART + 40_000 and "pairs are listed without their videos" in tight
+    (run_dir / "scenes" / "base.jsonl").write_text('{"prompt": "a", "seed": 0}')
+    with pytest.raises(UserError, match="not a scene"):
+        build_report(run_dir)
     with pytest.raises(UserError, match="vggrpo evaluate"):
         build_report(tmp_path_factory.mktemp("empty"))
 
@@ -111,7 +148,41 @@ def test_report_in_a_browser(run_dir: Path, tmp_path_factory: pytest.TempPathFac
         worst = page.js(order)
         page.js("s = document.getElementById('sort-order'); s.value = 'best'; s.dispatchEvent(new Event('change'))")
         assert page.js(order) != worst
-        page.js("document.getElementById('cameras').scrollIntoView({behavior: 'instant'})")
-        page.until("document.querySelector('#camera-plot canvas') !== null")
+        if width > 600:
+            hover_over_a_prompt(page)
+        page.js("document.getElementById('scenes').scrollIntoView({behavior: 'instant'})")
+        page.until("document.querySelectorAll('#scene-box canvas').length >= 2")
+        turn_the_scene(page)
         assert page.js("window.hacked === undefined && document.images.length === 0")
         assert page.problems == []
+
+
+def hover_over_a_prompt(page: Page) -> None:
+    page.js("document.getElementById('plots').scrollIntoView({behavior: 'instant'})")
+    page.until("document.querySelector('#pair-plots .points path') !== null")
+    box = "document.querySelector('#pair-plots .points path').getBoundingClientRect()"
+    x, y = page.js(f"(b => [b.x + b.width / 2, b.y + b.height / 2])({box})")
+    page.call("Input.dispatchMouseEvent", type="mouseMoved", x=x - 3, y=y)
+    page.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+    page.until("!document.getElementById('preview').hidden")
+    page.until("[...document.querySelectorAll('#preview video')].length > 0")
+    page.call("Input.dispatchMouseEvent", type="mouseMoved", x=2, y=300)
+    page.until("document.getElementById('preview').hidden")
+
+
+def turn_the_scene(page: Page) -> None:
+    eye = "JSON.stringify(document.querySelector('.plot3d').layout.scene.camera.eye)"
+    page.until("document.querySelector('.plot3d').layout?.scene !== undefined")
+    before = page.js(eye)
+    page.js("document.querySelector('.plot3d').focus()")
+    for kind in ("keyDown", "keyUp"):
+        page.call("Input.dispatchKeyEvent", type=kind, key="ArrowLeft", code="ArrowLeft", windowsVirtualKeyCode=37)
+    page.until(f"{eye} !== {json.dumps(before)}")
+    both = "['scene', 'scene2'].map(k => JSON.stringify(document.querySelector('.plot3d').layout[k].camera.eye))"
+    first, second = page.js(both)
+    assert first == second
+    points = "document.querySelector('.plot3d').data[1].x"
+    page.js(
+        "t = document.querySelector('#scene-box input[type=range]'); t.value = '1'; t.dispatchEvent(new Event('input'))"
+    )
+    page.until(f"{points}.length > 0 && document.querySelector('#scene-box output').textContent === 'frame 1'")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import json
 import tempfile
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -18,22 +19,24 @@ import cv2
 import numpy as np
 
 from vggrpo.errors import UserError
-from vggrpo.evaluation.report_data import arm_manifest, collect
+from vggrpo.evaluation.report_data import arm_manifest, collect, read_scenes
 from vggrpo.io.atomic import atomic_write
 from vggrpo.io.video import read_video, write_video
 
-VIDEO_BUDGET = 6_800_000  # bytes before base64; with plotly.js (4.8 MB) the page stays under 15 MB
+PAGE_BUDGET = 14_500_000  # bytes of the whole page
+FIXED_PART = 5_300_000  # plotly.js (4.8 MB), the page itself and its numbers
+SCENE_BUDGET = 2_500_000  # bytes of the point clouds
 SMALL_SIDE = 240  # px, when videos have to be shrunk
 SMALL_CRF = 32
 
 
-def build_report(run_dir: Path | str, *, video_budget: int = VIDEO_BUDGET) -> Path:
+def build_report(run_dir: Path | str, *, page_budget: int = PAGE_BUDGET) -> Path:
     """Write `run_dir/report/index.html` from what the run directory holds, and return its path.
 
     Args:
         run_dir: see `report_data`.
-        video_budget: bytes of video to embed; above it videos are shrunk, then only the first ones are kept, and the
-            page says so.
+        page_budget: bytes of the page; above it only the first point clouds are kept, videos are shrunk, then only the
+            first ones are kept, and the page says so.
 
     Raises:
         UserError: when the evaluation of an arm is missing, or a file is broken.
@@ -46,26 +49,30 @@ def build_report(run_dir: Path | str, *, video_budget: int = VIDEO_BUDGET) -> Pa
                 f"{needed} does not exist; run "
                 f"`vggrpo evaluate {run_dir / arm / 'manifest.jsonl'} --output {needed.parent}` first"
             )
-    contents, left_out = embed_videos(_paired_files(run_dir), video_budget)
+    scenes, scene_bytes, scenes_left = first_scenes(read_scenes(run_dir), SCENE_BUDGET)
+    video_budget = max(0, page_budget - FIXED_PART - scene_bytes) * 3 // 4  # base64 makes four bytes of three
+    contents, videos_left = embed_videos(_paired_files(run_dir), video_budget)
     ids = {path: f"v{index}" for index, path in enumerate(contents)}
-    data = collect(run_dir, ids, left_out)
+    data = collect(run_dir, ids, scenes, " ".join(filter(None, (videos_left, scenes_left))) or None)
     encoded = {ids[path]: base64.b64encode(content).decode("ascii") for path, content in contents.items()}
-    return atomic_write(run_dir / "report" / "index.html", render(data, encoded))
+    page = render("report", {"DATA": data, "VIDEOS": encoded})
+    return atomic_write(run_dir / "report" / "index.html", page)
 
 
-def render(data: dict[str, Any], videos: dict[str, str]) -> str:
-    """The page's HTML from its data and its base64 videos."""
+def render(template: str, islands: Mapping[str, Any]) -> str:
+    """One page that needs no other file.
+
+    Args:
+        template: `report` or `reconstruct`: the names of the HTML and the script.
+        islands: JSON data by the marker that it takes the place of.
+    """
     from plotly.offline import get_plotlyjs  # 0.1 s and 5 MB, only when a report is made
 
     folder = files("vggrpo.evaluation") / "templates"
-    page = (folder / "report.html").read_text(encoding="utf-8")
-    parts = {
-        "STYLE": (folder / "report.css").read_text(encoding="utf-8"),
-        "SCRIPT": (folder / "report.js").read_text(encoding="utf-8"),
-        "PLOTLY": get_plotlyjs(),
-        "DATA": json_island(data),
-        "VIDEOS": json_island(videos),
-    }
+    names = {"STYLE": "report.css", "COMMON": "common.js", "SCENE": "scene.js", "SCRIPT": f"{template}.js"}
+    page = (folder / f"{template}.html").read_text(encoding="utf-8")
+    parts = {name: (folder / file).read_text(encoding="utf-8") for name, file in names.items()}
+    parts |= {"PLOTLY": get_plotlyjs(), **{name: json_island(value) for name, value in islands.items()}}
     # One pass over the template only, so that a marker inside the data is never filled in.
     pieces = page.split("%%")
     return "".join(parts[piece] if index % 2 else piece for index, piece in enumerate(pieces))
@@ -79,6 +86,19 @@ def json_island(value: Any) -> str:
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
+
+
+def first_scenes(scenes: list[dict[str, Any]], budget: int) -> tuple[list[dict[str, Any]], int, str | None]:
+    """The first scenes that fit into `budget` bytes, their size, and what was left out, in words (None: nothing)."""
+    kept, used = [], 0
+    for scene in scenes:
+        size = len(json.dumps(scene))
+        if used + size > budget:
+            break
+        kept.append(scene)
+        used += size
+    left = len(scenes) - len(kept)
+    return kept, used, f"{left} of {len(scenes)} scenes are not shown in 3D." if left else None
 
 
 def _paired_files(run_dir: Path) -> list[tuple[Path, ...]]:

@@ -1,7 +1,8 @@
 """Gathers what a run directory holds into the plain data that the report shows.
 
 A run directory: `base/` and `tuned/` (manifest.jsonl and mp4s), `eval/base` and `eval/tuned` (metrics.jsonl), and,
-where there are any, `summary.json`, `train/log.jsonl`, `train/config.yaml`, `cameras.json`, `audit.json`.
+where there are any, `scenes/base.jsonl` and `scenes/tuned.jsonl` (see `scenes`), `summary.json`, `train/log.jsonl`,
+`train/config.yaml`, `benchmark.yaml`, `audit.json`.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ PACKAGES = (
     "plotly",
 )
 MOST_CURVE_POINTS = 400
+MOST_SEEDS = 12  # listed one by one
 ABOUT_OTHERS = {
     "motion_reward": "Camera motion smoothness from the latents: what training optimised.",
     "geometry_reward": "Reprojection consistency from the latents: what training optimised.",
@@ -41,11 +43,14 @@ ABOUT_OTHERS = {
 }
 
 
-def collect(run_dir: Path, videos: Mapping[Path, str], left_out: str | None) -> dict[str, Any]:
+def collect(
+    run_dir: Path, videos: Mapping[Path, str], scenes: Sequence[Mapping[str, Any]], left_out: str | None
+) -> dict[str, Any]:
     """All that the page shows, as JSON data.
 
     Args:
         videos: id of each embedded file.
+        scenes: see `read_scenes`.
         left_out: what had to be left out or shrunk to keep the page small, in words.
     """
     base_rows, tuned_rows = (read_jsonl(run_dir / "eval" / arm / "metrics.jsonl") for arm in ("base", "tuned"))
@@ -63,9 +68,9 @@ def collect(run_dir: Path, videos: Mapping[Path, str], left_out: str | None) -> 
         "cards": _cards(run_dir, number, videos, base_rows, tuned_rows),
         "leftOut": left_out,
         "training": training_curves(run_dir / "train" / "log.jsonl"),
-        "cameras": _cameras(run_dir / "cameras.json", number),
+        "scenes": [{**entry, "prompt": number[entry["prompt"]]} for entry in scenes if entry["prompt"] in number],
         "audit": read_json(run_dir / "audit.json"),
-        "run": _run(run_dir, summary),
+        "run": _run(run_dir, summary, [*base_rows, *tuned_rows]),
     }
 
 
@@ -233,38 +238,42 @@ def _flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     return out
 
 
-def _cameras(path: Path, number: Mapping[str, int]) -> list[dict[str, Any]]:
-    """Camera paths by (prompt, seed): `{"base": {"prompt|seed": [[x, y, z], ...]}, "tuned": ...}` on disk."""
-    content = read_json(path) or {}
-    out: dict[str, dict[str, Any]] = {}
+def read_scenes(run_dir: Path) -> list[dict[str, Any]]:
+    """Scenes by (prompt, seed): `{prompt, seed, base, tuned}`, each arm's as `scene_of` made it where there is one.
+
+    Raises:
+        UserError: when a row isn't a scene.
+    """
+    found: dict[tuple[str, int], dict[str, Any]] = {}
     for arm in ("base", "tuned"):
-        for key, points in (content.get(arm) or {}).items():
-            prompt, _, seed = key.rpartition("|")
-            if prompt in number and _is_path(points):
-                entry = out.setdefault(key, {"prompt": number[prompt], "seed": seed})
-                entry[arm] = [[round(float(value), 4) for value in point] for point in points]
-    return list(out.values())
+        path = run_dir / "scenes" / f"{arm}.jsonl"
+        for number, row in enumerate(read_jsonl(path) if path.is_file() else [], start=1):
+            if not {"prompt", "seed", "by", "frames", "cameras", "fov", "points"} <= set(row):
+                raise UserError(f"{path}:{number} is not a scene; remove the file and make it again")
+            scene = {key: value for key, value in row.items() if key not in ("prompt", "seed")}
+            pair = (row["prompt"], row["seed"])
+            found.setdefault(pair, {"prompt": pair[0], "seed": pair[1]})[arm] = scene
+    return list(found.values())
 
 
-def _is_path(points: Any) -> bool:
-    return isinstance(points, Sequence) and all(
-        isinstance(point, Sequence) and len(point) == 3 and all(finite(value) is not None for value in point)
-        for point in points
-    )
-
-
-def _run(run_dir: Path, summary: Mapping[str, Any]) -> dict[str, Any]:
-    config = run_dir / "train" / "config.yaml"
+def _run(run_dir: Path, summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Facts of the run, the settings of each arm's sampler, versions, and the configs as text."""
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
             versions[name] = version(name)
         except PackageNotFoundError:
             continue  # only one of the two OpenCV wheels is installed, and a source tree may not be
+    facts: dict[str, Any] = {"videos": len(rows), "seeds": sorted({row["seed"] for row in rows})}
+    facts |= {k: v for k, v in summary.items() if k != "metrics" and isinstance(v, str | int | float | list)}
+    if len(facts["seeds"]) > MOST_SEEDS:
+        facts["seeds"] = f"{len(facts['seeds'])} seeds from {facts['seeds'][0]} to {facts['seeds'][-1]}"
+    configs = {"Training config": run_dir / "train" / "config.yaml", "Benchmark config": run_dir / "benchmark.yaml"}
     return {
-        "facts": {
-            key: value for key, value in summary.items() if key != "metrics" and isinstance(value, str | int | float)
+        "facts": facts,
+        "settings": {
+            arm: found for arm in ("base", "tuned") if (found := read_json(run_dir / arm / arm / "settings.json"))
         },
-        "config": config.read_text(encoding="utf-8") if config.is_file() else None,
+        "config": {name: path.read_text(encoding="utf-8") for name, path in configs.items() if path.is_file()},
         "versions": versions,
     }
