@@ -85,6 +85,7 @@ def scene_of(
     chosen = np.arange(len(cloud.points))
     if len(chosen) > most:
         chosen = np.sort(np.random.default_rng(0).choice(len(chosen), most, replace=False))
+    assert prediction.frame_index is not None  # set by the prediction itself
     cam2world = prediction.cam2world[0, :, :3].double().cpu().numpy()  # (S, 3, 4)
     height, width = prediction.size
     focal = prediction.intrinsics[0, 0].double().cpu().numpy()

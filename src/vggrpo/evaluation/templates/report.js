@@ -12,13 +12,6 @@ function judgement(metric) {
   if (!found || found.low === null || found.high === null || (found.low <= 0 && found.high >= 0)) return ["", "no difference shown"];
   return found.mean > 0 === metric.higher ? ["good", "better"] : ["bad", "worse"];
 }
-// Plotly reads a little markup in its labels: neutralise it, and break long prompts.
-function label(text, most = 240) {
-  const short = text.length > most ? text.slice(0, most) + "…" : text;
-  const lines = short.match(/.{1,60}(\s|$)|\S{1,60}/gu) || [short];
-  return lines.map((line) => line.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;")).join("<br>");
-}
-
 // ---- headline ----
 function headline() {
   byId("subtitle").textContent = `${data.prompts.length} prompts, ${data.seeds} seed${data.seeds === 1 ? "" : "s"} each, same prompts and seeds for both.`;
@@ -87,9 +80,8 @@ function pairPlots() {
       plot(area, () => ({
         traces: [
           { x: [low, high], y: [low, high], mode: "lines", line: { color: colour("--muted"), width: 1, dash: "dot" }, hoverinfo: "skip", fill: metric.higher ? "none" : "tozeroy", fillcolor: "rgba(0,0,0,0)" },
-          { x, y, mode: "markers", type: "scatter", customdata: metric.points.map((point) => point[0]), text: metric.points.map((point) => label(data.prompts[point[0]])),
-            hovertemplate: "%{text}<br>base %{x:.4g}, tuned %{y:.4g}<extra></extra>",
-            marker: { size: 8, opacity: 0.85, color: metric.points.map((point) => point[2] === point[1] ? colour("--muted") : (point[2] > point[1]) === metric.higher ? colour("--good") : colour("--bad")), symbol: metric.points.map((point) => (point[2] > point[1]) === metric.higher ? "circle" : "x") } },
+          { x, y, mode: "markers", type: "scatter", customdata: metric.points.map((point) => point[0]), hovertemplate: "base %{x:.4g}, tuned %{y:.4g}<extra></extra>",
+            marker: { size: 8, opacity: 0.85, color: metric.points.map((point) => point[2] === point[1] ? colour("--muted") : (point[2] > point[1]) === metric.higher ? colour("--good") : colour("--bad")), symbol: metric.points.map((point) => point[2] === point[1] ? "circle-open" : (point[2] > point[1]) === metric.higher ? "circle" : "x") } },
         ],
         layout: {
           xaxis: { title: { text: "base" }, range: [low, high] }, yaxis: { title: { text: "tuned" }, range: [low, high] },
@@ -141,7 +133,7 @@ const hover = byId("preview");
 let hovered = null, pointer = "mouse";
 for (const kind of ["pointerdown", "pointermove"]) addEventListener(kind, (event) => { pointer = event.pointerType; }, { capture: true, passive: true });
 function preview(prompt, event) {
-  if (prompt === null || still || pointer === "touch") { hover.hidden = true; hovered = null; hover.replaceChildren(); return; }
+  if (prompt === null || pointer === "touch") { hover.hidden = true; hovered = null; hover.replaceChildren(); return; }
   if (prompt !== hovered) {
     hovered = prompt;
     const card = cards.find((one) => one.prompt === prompt);
@@ -151,8 +143,8 @@ function preview(prompt, event) {
       video.muted = true; video.loop = true; video.src = source(card[arm].video);
       return video;
     });
-    hover.replaceChildren(make("div", { class: "pair" }, ...players), make("div", { class: "muted" }, `base, tuned · seed ${card.seed}`));
-    players.forEach((player) => player.play?.().catch(() => {}));
+    hover.replaceChildren(make("div", { class: "pair" }, ...players), make("div", { class: "muted" }, `base, tuned · seed ${card.seed}`), make("div", {}, data.prompts[prompt].slice(0, 400)));
+    if (!still) players.forEach((player) => player.play?.().catch(() => {}));
   }
   hover.hidden = false;
   const { offsetWidth: width, offsetHeight: height } = hover;
