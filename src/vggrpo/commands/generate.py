@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from vggrpo.commands.arguments import GO_ON, Subparsers, at_least, image_size
+from vggrpo.errors import UserError
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -23,7 +24,8 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("--output", type=Path, required=True, help="directory for the videos and manifest.jsonl")
     parser.add_argument("--pipeline", default="embedded", help="a diffusers Wan directory (default: %(default)s)")
     parser.add_argument("--lora", type=Path, help="a LoRA directory or file, such as OUTPUT/lora of a training run")
-    parser.add_argument("--arm", help="name of the arm in the manifest (default: tuned with --lora, else base)")
+    parser.add_argument("--arm", help="name of the arm in the manifest (default: tuned with --lora, else base; with "
+                        "-guided and -bestN behind it)")  # fmt: skip
     parser.add_argument("--seeds", type=at_least(1), default=1, help="videos a prompt (default: %(default)s)")
     parser.add_argument("--seed", type=at_least(0), default=0, help="first seed (default: %(default)s)")
     parser.add_argument("--steps", type=at_least(1), default=50, help="denoising steps (default: %(default)s)")
@@ -36,7 +38,45 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("--batch", type=at_least(1), default=8, help="videos at once (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: %(default)s)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
+    _add_steering(parser)
     parser.set_defaults(run=run, resume=GO_ON)
+
+
+def _add_steering(parser: argparse.ArgumentParser) -> None:
+    """What a reward read from latents may do while videos are made."""
+    group = parser.add_argument_group(
+        "latent reward", "steer sampling by a reward, without training; what a video cost is in OUTPUT/ARM/cost.json"
+    )
+    group.add_argument("--guidance", type=float, default=0.0, metavar="SCALE", help="strength of guidance, 0 = off")
+    group.add_argument("--guidance-every", type=at_least(1), default=20, metavar="N", help="guide every N-th step "
+                       "(default: %(default)s)")  # fmt: skip
+    group.add_argument("--guidance-detach", action="store_true", help="keep the gradient out of the video model: "
+                       "faster, less memory, less exact")  # fmt: skip
+    group.add_argument("--best-of", type=at_least(1), default=1, metavar="N", help="keep the best of N candidates")
+    group.add_argument("--reward", action="append", metavar="NAME[=WEIGHT]", help="may be repeated (default: "
+                       "camera_motion_smoothness and geometry_reprojection_consistency)")  # fmt: skip
+    group.add_argument("--lgm", default="embedded", help="directory of the latent geometry model")
+
+
+def _weights(texts: list[str] | None) -> dict[str, float]:
+    """`NAME[=WEIGHT]` of each --reward."""
+    weights = {}
+    for text in texts or ["camera_motion_smoothness", "geometry_reprojection_consistency"]:
+        name, equals, weight = text.partition("=")
+        try:
+            weights[name] = float(weight) if equals else 1.0
+        except ValueError:
+            raise UserError(
+                f"--reward {text}: {weight!r} is no number; write NAME=WEIGHT, such as {name}=0.5"
+            ) from None
+    return weights
+
+
+def _arm(arguments: argparse.Namespace) -> str:
+    """base or tuned, with -guided and -bestN behind it."""
+    name = "tuned" if arguments.lora else "base"
+    name += "-guided" if arguments.guidance else ""
+    return name + (f"-best{arguments.best_of}" if arguments.best_of > 1 else "")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -46,12 +86,27 @@ def run(arguments: argparse.Namespace) -> None:
     prompts = read_prompts(arguments.prompts)
     from vggrpo.sampling.generate import generate_videos
 
+    steering = None
+    if arguments.guidance != 0 or arguments.best_of > 1:
+        from vggrpo.models.loading import pick_device
+        from vggrpo.posttraining.trainer import load_lgm
+        from vggrpo.rewards.latent import WeightedLatentReward
+        from vggrpo.sampling.guidance import RewardGuidance
+        from vggrpo.sampling.steering import Steering
+
+        weights = _weights(arguments.reward)
+        reward = WeightedLatentReward(load_lgm(arguments.lgm, pick_device(arguments.device)), weights)
+        guidance = RewardGuidance(
+            reward, arguments.guidance, every=arguments.guidance_every, detach_velocity=arguments.guidance_detach
+        )
+        name = f"{arguments.lgm}: " + " + ".join(f"{weight:g} {name}" for name, weight in weights.items())
+        steering = Steering(reward, name, guidance, arguments.best_of)
     manifest = generate_videos(
         prompts,
         arguments.output,
         pipeline=arguments.pipeline,
         lora=arguments.lora,
-        arm=arguments.arm or ("tuned" if arguments.lora else "base"),
+        arm=arguments.arm or _arm(arguments),
         seeds=range(arguments.seed, arguments.seed + arguments.seeds),
         num_steps=arguments.steps,
         guidance_scale=arguments.guidance_scale,
@@ -61,5 +116,6 @@ def run(arguments: argparse.Namespace) -> None:
         micro_batch=arguments.batch,
         device=arguments.device,
         dtype=arguments.dtype,
+        steering=steering,
     )
     print(f"videos listed in {manifest}")

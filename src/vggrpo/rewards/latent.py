@@ -2,18 +2,26 @@
 
 reward = LatentGeometryReward.from_pretrained("path/to/lgm")
 scores = reward(latents)          # {"motion": (B,), "geometry": (B,), "valid": (B,), ...}
+
+`WeightedLatentReward` makes one number of any rewards, for guidance and for choosing among candidates.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from vggrpo.errors import UserError
+from vggrpo.geometry import GeometryPrediction
 from vggrpo.lgm.model import LatentGeometryModel
+from vggrpo.rewards.base import RewardContext
 from vggrpo.rewards.camera_motion import camera_motion_smoothness
+from vggrpo.rewards.registry import get_reward
 from vggrpo.rewards.reprojection import geometry_reprojection_consistency
 
 
@@ -53,3 +61,43 @@ class LatentGeometryReward(nn.Module):
             **motion.terms,
             **geometry.terms,
         }
+
+
+class WeightedLatentReward:
+    """The weighted mean of rewards read from latents, differentiable in them.
+
+    Args:
+        lgm: latents -> geometry, such as a `LatentGeometryModel`.
+        weights: reward -> weight, at least one of them positive.
+        options: reward -> its keyword arguments.
+        chunk: clips that go through the LGM at once.
+
+    Raises:
+        UserError: for an unknown reward, or weights that are negative or all zero.
+    """
+
+    def __init__(
+        self,
+        lgm: Callable[[Tensor], GeometryPrediction],
+        weights: Mapping[str, float],
+        options: Mapping[str, Mapping[str, Any]] | None = None,
+        chunk: int = 16,
+    ) -> None:
+        if min(weights.values(), default=0) < 0 or not sum(weights.values()) > 0:
+            raise UserError(f"the weights of the rewards are {dict(weights)}; give at least one that is positive")
+        total = sum(weights.values())
+        self._terms = [(get_reward(name), weight / total, dict((options or {}).get(name, {})))
+                       for name, weight in weights.items() if weight > 0]  # fmt: skip
+        self._lgm, self._chunk = lgm, chunk
+
+    def __call__(self, latents: Float[Tensor, "B C T H W"], prompts: Sequence[str]) -> Float[Tensor, " B"]:
+        """One number a clip; NaN, without gradient, where any of the rewards cannot be computed."""
+        parts = []
+        for start in range(0, len(latents), self._chunk):
+            piece = slice(start, start + self._chunk)
+            prediction, context = self._lgm(latents[piece]), RewardContext(list(prompts[piece]))
+            values = [weight * reward(prediction, context=context, **options).value
+                      for reward, weight, options in self._terms]  # fmt: skip
+            total = torch.stack(values).sum(0)
+            parts.append(torch.where(total.isfinite(), total, torch.full_like(total, torch.nan)))
+        return torch.cat(parts)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from vggrpo.sampling.flow_sde import SDEStep, ode_step, sde_step
+from vggrpo.sampling.guidance import RewardGuidance
 from vggrpo.sampling.rollout import NoiseSettings, Trajectory, choose_window, guided_velocity, ode_sample, rollout
 from vggrpo.sampling.seeds import derive_seed, seeded_noise
 
 __all__ = [
     "NoiseSettings",
+    "RewardGuidance",
     "SDEStep",
     "Trajectory",
     "choose_window",

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,10 @@ from vggrpo.io.video import write_video
 from vggrpo.models.base import VideoModel
 from vggrpo.models.loading import load_video_model
 from vggrpo.models.lora import load_lora
+from vggrpo.sampling.guidance import RewardGuidance
 from vggrpo.sampling.rollout import guided_velocity
 from vggrpo.sampling.seeds import derive_seed, seeded_noise
+from vggrpo.sampling.steering import Steering, add_cost, append_choices
 
 
 def video_seed(index: int, seed: int) -> int:
@@ -52,6 +56,7 @@ def generate_videos(
     device: str = "auto",
     dtype: str = "float32",
     save_latents: bool = False,
+    steering: Steering | None = None,
 ) -> Path:
     """Write `OUTPUT/ARM/*.mp4` and list them in `OUTPUT/manifest.jsonl`; files that are there already are not made
     again.
@@ -72,6 +77,8 @@ def generate_videos(
         device: "auto", "cpu", "cuda", ...
         dtype: of transformer and text encoder.
         save_latents: also write the normalised latents, `*.safetensors` with the key `latents`, (C, T', H', W').
+        steering: guidance by a latent reward, or the best of several candidates; None is plain sampling. What a video
+            cost is in `OUTPUT/ARM/cost.json` either way.
 
     Returns:
         The manifest.
@@ -90,6 +97,7 @@ def generate_videos(
         "size": list(size),
         "fps": fps,
         "dtype": dtype,
+        **({"guidance": None, "best_of": None} if steering is None else steering.settings()),
     }
     _check_settings(folder / "settings.json", settings)
     wanted = [(i, seed, folder / f"{_stem(i, prompt, seed)}.mp4") for i, prompt in enumerate(prompts) for seed in seeds]
@@ -99,19 +107,44 @@ def generate_videos(
         shape = model.latent_spec.latent_shape(num_frames, *size)
         if lora is not None:
             load_lora(model.transformer, lora)
+        options = {"shape": shape, "num_steps": num_steps, "guidance_scale": guidance_scale}
         for jobs in _batches(missing, micro_batch):
-            latents = solve(
-                model,
-                [prompts[i] for i, _, _ in jobs],
-                shape=shape,
-                seeds=[video_seed(i, seed) for i, seed, _ in jobs],
-                num_steps=num_steps,
-                guidance_scale=guidance_scale,
-            )
-            for (_, _, path), latent in zip(jobs, latents, strict=True):
-                _write(model, path, latent, fps, save_latents)
+            _make(model, [(prompts[i], video_seed(i, seed), path) for i, seed, path in jobs], folder, options, steering,
+                  fps, save_latents)  # fmt: skip
     rows = [ManifestRow(f"{arm}/{path.name}", prompts[i], seed, fps, arm) for i, seed, path in wanted]
     return _write_rows(Path(output) / "manifest.jsonl", rows, arm)
+
+
+def _make(
+    model: VideoModel,
+    jobs: Sequence[tuple[str, int, Path]],
+    folder: Path,
+    options: dict[str, Any],
+    steering: Steering | None,
+    fps: float,
+    save_latents: bool,
+) -> None:
+    """Sample and write one batch of (prompt, seed of the noise, file), and add it to the arm's cost."""
+    began = time.perf_counter()
+    prompts, seeds = [prompt for prompt, _, _ in jobs], [seed for _, seed, _ in jobs]
+    if steering is None:
+        latents = solve(model, prompts, seeds=seeds, **options)
+    else:
+        guided = options | {"guidance": steering.guidance}
+        latents, rewards = steering.sample(lambda noise: solve(model, prompts, seeds=noise, **guided), seeds, prompts)
+        if rewards is not None:
+            append_choices(folder / "candidates.jsonl", [path.name for _, _, path in jobs], prompts, rewards)
+    for (_, _, path), latent in zip(jobs, latents, strict=True):
+        _write(model, path, latent, fps, save_latents)
+    add_cost(
+        folder / "cost.json",
+        len(jobs),
+        time.perf_counter() - began,
+        num_steps=options["num_steps"],
+        passes=1 if options["guidance_scale"] == 1 else 2,
+        steering=steering,
+        device=str(model.device),
+    )
 
 
 @torch.no_grad()
@@ -123,8 +156,10 @@ def solve(
     seeds: Sequence[int],
     num_steps: int,
     guidance_scale: float = 1.0,
+    guidance: RewardGuidance | None = None,
 ) -> Float[Tensor, "B C T H W"]:
-    """Clean latents by the pipeline's own solver (diffusers scheduler), as the plain pipeline makes them.
+    """Clean latents by the pipeline's own solver (diffusers scheduler), as the plain pipeline makes them; with
+    `guidance`, steered by a latent reward.
 
     Raises:
         UserError: when the network puts out NaN or infinity.
@@ -133,9 +168,13 @@ def solve(
     negative = model.encode_prompt([""]) if guidance_scale != 1 else None
     latents = seeded_noise(seeds, shape, model.device)
     solver = model.solver(num_steps)
-    for timestep in solver.timesteps:
+    for step, timestep in enumerate(solver.timesteps):
         t = (timestep.float() / 1000).expand(len(latents))
-        velocity = guided_velocity(model, latents, t, text, guidance_scale=guidance_scale, negative_text=negative)
+        predict = partial(guided_velocity, model, t=t, text=text, guidance_scale=guidance_scale, negative_text=negative)
+        if guidance is not None and guidance.acts(step):
+            velocity = guidance.velocity(predict, latents, t, prompts)
+        else:
+            velocity = predict(latents)
         latents = solver.step(velocity, timestep, latents, return_dict=False)[0]
     if not bool(torch.isfinite(latents).all()):
         raise UserError(
