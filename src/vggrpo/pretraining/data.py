@@ -101,21 +101,26 @@ class Shards:
         )
 
 
+def mirror(world: WorldBatch) -> WorldBatch:
+    """The batch as a mirror shows it, left and right exchanged."""
+    flip = torch.diag(torch.tensor([-1.0, 1.0, 1.0, 1.0]))
+    return replace(
+        world,
+        video=world.video.flip(-1),
+        depth=world.depth.flip(-1),
+        object_id=world.object_id.flip(-1),
+        cam2world=flip @ world.cam2world @ flip,
+        object_pose=flip @ world.object_pose @ flip,
+    )
+
+
 def augment(world: WorldBatch, generator: torch.Generator) -> WorldBatch:
     """The batch mirrored left to right and played backwards, each with probability one half.
 
     Both are worlds of the same kind.
     """
     if torch.rand((), generator=generator) < 0.5:
-        mirror = torch.diag(torch.tensor([-1.0, 1.0, 1.0, 1.0]))
-        world = replace(
-            world,
-            video=world.video.flip(-1),
-            depth=world.depth.flip(-1),
-            object_id=world.object_id.flip(-1),
-            cam2world=mirror @ world.cam2world @ mirror,
-            object_pose=mirror @ world.object_pose @ mirror,
-        )
+        world = mirror(world)
     if torch.rand((), generator=generator) < 0.5:
         to_last = torch.linalg.inv(world.cam2world[:, -1:])
         world = replace(

@@ -19,18 +19,20 @@ from vggrpo.rewards import geometry_reprojection_consistency
 from vggrpo.world.perturb import wobble
 
 TEACHER = VGGTConfig(stem_blocks=2)
-JUDGE = VGGTConfig(dim=128, heads=4, conv_layers=5, pairs=2, registers=0, hooks=(1, 2), head_features=40, mlp_ratio=2.0)
+JUDGE = VGGTConfig(
+    dim=128, heads=4, conv_layers=5, pairs=2, registers=0, stem_blocks=1, hooks=(1, 2), head_features=40, mlp_ratio=2.0
+)
 BATCH = 8
 MATCH_WEIGHT = 0.15
 NEAR_SHARE = 0.7
 # Clips that do not hold together, of known geometry: what a judge of generated clips must see, and go on seeing while
 # it learns to agree with itself on clips that do.
 WOBBLE_SHARE, MAX_WOBBLE = 0.2, 4.0
-CONSISTENCY_WEIGHT, CONSISTENCY_FROM = 1.0, 0.4  # from that share of the steps on: noise cannot be made consistent
+CONSISTENCY_WEIGHT, CONSISTENCY_FROM = 3.0, 0.4  # from that share of the steps on: noise cannot be made consistent
 # Generated clips come out of a VAE, softer than the renderer draws; some batches are made as soft.
 BLUR_SHARE, BLUR_SIZE = 0.4, 26
-TEACHER_SCHEDULE = Schedule(steps=6000, lr=1e-3)
-JUDGE_SCHEDULE = Schedule(steps=6000, lr=1.2e-3, seed=7)
+TEACHER_SCHEDULE = Schedule(steps=4000, lr=1e-3)
+JUDGE_SCHEDULE = Schedule(steps=4000, lr=1.2e-3, seed=7)
 
 
 def train_geometry(
@@ -88,12 +90,12 @@ def softened(video: Tensor, generator: torch.Generator) -> Tensor:
     share, size = torch.rand(2, generator=generator).tolist()
     if share > BLUR_SHARE:
         return video
-    b, _, s, h, w = video.shape
+    h, w = video.shape[-2:]
     small = int(BLUR_SIZE + size * (h - BLUR_SIZE)), int(BLUR_SIZE + size * (w - BLUR_SIZE))
     frames = video.transpose(1, 2).flatten(0, 1)
     frames = F.interpolate(frames, small, mode="bilinear", antialias=True, align_corners=False)
     frames = F.interpolate(frames, (h, w), mode="bilinear", align_corners=False)
-    return frames.unflatten(0, (b, s)).transpose(1, 2)
+    return frames.unflatten(0, (len(video), -1)).transpose(1, 2)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from vggrpo.geometry import GeometryPrediction
 from vggrpo.lgm.losses import geometry_errors, geometry_loss, unit_depth
@@ -19,11 +19,12 @@ from vggrpo.lgm.model import LatentGeometryModel, LGMConfig
 from vggrpo.lgm.search import StitchFit, search_layers
 from vggrpo.models.vggt import VGGT
 from vggrpo.models.wan import WanVideoModel
-from vggrpo.pretraining.data import Shards
-from vggrpo.pretraining.geometry import consistency_error
+from vggrpo.pretraining.data import Shards, mirror
+from vggrpo.pretraining.geometry import CONSISTENCY_FROM, CONSISTENCY_WEIGHT, MATCH_WEIGHT, consistency_error
 from vggrpo.pretraining.loop import Schedule, fit
+from vggrpo.pretraining.matching import Matched
 from vggrpo.sampling import ode_sample
-from vggrpo.world import sample_prompts
+from vggrpo.world import WorldBatch, sample_prompts
 from vggrpo.world.perturb import wobble
 
 SCHEDULE = Schedule(steps=3000, lr=1e-3, ema=0.999, weight_decay=0.0, seed=3)
@@ -31,8 +32,6 @@ BATCH = 8
 GENERATED_SHARE = 0.25
 # Clips that do not hold together, of known geometry: what must stay visible to the reward.
 WOBBLE_SHARE, MAX_WOBBLE = 0.2, 4.0
-# Weight of the reward's own error on rendered clips, which hold together: it lowers the floor.
-CONSISTENCY_WEIGHT = 1.0
 LORA_RANK = 48
 GENERATED_PROMPTS = 256
 AUDIT_CLIPS = 96
@@ -45,6 +44,15 @@ class LatentClips:
     def __init__(self, latents: list[Path], shards: list[Path]) -> None:
         self.truth = Shards.load(shards)
         self.latents = torch.cat([_read(path, "latents") for path in latents])
+        self.mirrored = torch.cat([_read(path, "mirrored") for path in latents])
+
+    def draw(self, generator: torch.Generator) -> tuple[Tensor, WorldBatch]:
+        """A batch of latents with their worlds, mirrored with probability one half."""
+        index = torch.randint(len(self), (BATCH,), generator=generator)
+        world = self.truth.world(index)
+        if torch.rand((), generator=generator) < 0.5:
+            return self.mirrored[index].float(), mirror(world)
+        return self.latents[index].float(), world
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -90,10 +98,11 @@ def train_lgm(
     fitted.load_into(student.connector)
     student.special.copy_(fitted.special)
     student.add_lora()
+    through_convs = config.layer < teacher.config.conv_layers  # what matching is read from
 
-    def loss(model: LatentGeometryModel, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+    def loss(model: nn.ModuleList, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         draw = torch.rand((), generator=generator).item()
-        rendered = False
+        world = None
         if generated is not None and draw < GENERATED_SHARE:
             index = torch.randint(len(generated[0]), (BATCH,), generator=generator)
             latents = generated[0][index].float()
@@ -102,18 +111,21 @@ def train_lgm(
         elif video_model is not None and draw > 1 - WOBBLE_SHARE:
             latents, target = wobbling_clips(clips.truth, video_model, generator)
         else:
-            rendered = True
-            index = torch.randint(len(clips), (BATCH,), generator=generator)
-            latents, target = clips.latents[index].float(), unit_depth(clips.truth.world(index).geometry(every=1))
+            latents, world = clips.draw(generator)
+            target = unit_depth(world.geometry(every=1))
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            prediction, raw = model.predict(latents)
+            prediction, raw = model[0].predict(latents)
+            match = model[1].loss(world) if world is not None and through_convs else torch.zeros(())
         value, logs = geometry_loss(prediction, raw, target)
-        if not rendered:
+        if world is None:
             return value, {}
+        value, logs = value + MATCH_WEIGHT * match, logs | {"match": match.item()}
+        if step < CONSISTENCY_FROM * schedule.steps:
+            return value, logs
         error = consistency_error(prediction)
         return value + CONSISTENCY_WEIGHT * error, logs | {"e_geo": error.item()}
 
-    return fit(student, loss, schedule, folder)
+    return fit(nn.ModuleList([student, Matched(student.geometry)]), loss, schedule, folder)[0]
 
 
 @torch.no_grad()
