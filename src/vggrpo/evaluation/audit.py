@@ -77,9 +77,10 @@ def audit_reward(
         "base_value_judge": _mean(generated["judge"]["e_geo"]),
         "clips": clips, "seed": seed, "passed": bool(passed),
     }  # fmt: skip
-    atomic_write_json(ensure_directory(output) / "audit.json", result)
-    write_audit_page(Path(output) / "audit.html", result, rendered, generated, groups)
+    write_audit_page(ensure_directory(output) / "audit.html", result, rendered, generated, groups)
     _print(result)
+    result = _without_nan(result)
+    atomic_write_json(Path(output) / "audit.json", result)
     return result
 
 
@@ -142,6 +143,14 @@ def _correlation(first: Tensor, second: Tensor, groups: list[int] | None = None)
     ok = (first.isfinite() & second.isfinite()).nonzero().flatten().tolist()
     a, b = first[ok].numpy(), second[ok].numpy()
     return spearman(a, b) if groups is None else within_group_spearman(a, b, [groups[i] for i in ok])
+
+
+def _without_nan(values: dict[str, Any]) -> dict[str, Any]:
+    """The same with None for what is undefined: an untrained LGM may have no valid clip at all."""
+    return {
+        key: _without_nan(value) if isinstance(value, dict) else None if value != value else value
+        for key, value in values.items()
+    }
 
 
 def _print(result: dict[str, Any]) -> None:

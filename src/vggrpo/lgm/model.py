@@ -100,9 +100,12 @@ class LatentGeometryModel(nn.Module):
             inject_adapter_in_model(lora, self.geometry)
 
     def merge_lora(self) -> None:
-        """Fold the LoRA into the weights: the same function, without its cost. Can't be trained or saved afterwards."""
+        """Fold the LoRA into the weights: the same function, without its cost. Can't be trained or saved afterwards.
+
+        peft cannot fold 3D convolutions; those keep their LoRA beside them.
+        """
         for module in self.geometry.modules():
-            if isinstance(module, BaseTunerLayer):
+            if isinstance(module, BaseTunerLayer) and not isinstance(module.get_base_layer(), nn.Conv3d):
                 module.merge()
 
     def save_pretrained(self, directory: str | Path, dtype: torch.dtype = torch.float32) -> None:

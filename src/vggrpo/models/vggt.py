@@ -49,6 +49,7 @@ class VGGTConfig(BaseModel):
     mlp_ratio: float = Field(3.0, gt=0)
     rope_base: float = Field(100.0, gt=1)
     head_features: int = Field(48, ge=8)
+    head_detail: bool = Field(False, description="the dense head reads what lies within a token, not between tokens")
     hooks: tuple[int, ...] = Field((2, 4), description="number of pairs after which the dense head reads tokens")
     frame_stride: int = Field(4, ge=1, description="RGB frames between the views it was trained on")
     dynamic_threshold: float = Field(0.5, gt=0, lt=1, description="probability above which a pixel counts as moving")
@@ -70,7 +71,7 @@ class VGGT(nn.Module):
         self.global_blocks = nn.ModuleList(Block(c.dim, c.heads, c.mlp_ratio) for _ in range(c.pairs))
         self.camera_norm = nn.LayerNorm(2 * c.dim)
         self.camera_head = nn.Sequential(nn.Linear(2 * c.dim, 2 * c.dim), nn.GELU(), nn.Linear(2 * c.dim, 9))
-        self.dense_head = DenseHead(c.dim, len(c.hooks), c.head_features, _CHANNELS)
+        self.dense_head = DenseHead(c.dim, len(c.hooks), c.head_features, _CHANNELS, c.head_detail)
 
     # --- the protocol `GeometryModel` ---------------------------------------------------------------------------------
 

@@ -81,11 +81,15 @@ class DenseHead(nn.Module):
     planes are linear.
     """
 
-    def __init__(self, dim: int, hooks: int, features: int, channels: int) -> None:
+    def __init__(self, dim: int, hooks: int, features: int, channels: int, detail: bool = False) -> None:
         super().__init__()
         self.project = nn.ModuleList(nn.Conv2d(dim, 2 * features, 1) for _ in range(hooks))
         self.fuse = nn.Conv2d(2 * features, 2 * features, 3, padding=1)
         self.up1 = nn.Conv2d(2 * features, features, 3, padding=1)
+        # What a token knows about its inside, beside the smooth enlargement: outlines. Zero at the start.
+        self.detail = nn.ConvTranspose2d(2 * features, features, 4, 4) if detail else None
+        if self.detail is not None:
+            nn.init.zeros_(self.detail.weight)
         self.up2 = nn.Conv2d(features, features, 3, padding=1)
         self.out = nn.Conv2d(features, channels, 1)
 
@@ -94,7 +98,9 @@ class DenseHead(nn.Module):
         x = F.gelu(x)
         x = x + F.gelu(self.fuse(x))
         h, w = x.shape[-2:]
-        x = F.gelu(self.up1(F.interpolate(x, size=(2 * h, 2 * w), mode="bilinear", align_corners=False)))
-        x = F.interpolate(x, size=(4 * h, 4 * w), mode="bilinear", align_corners=False)
-        x = x + F.gelu(self.up2(x))
-        return F.interpolate(self.out(x).float(), size=size, mode="bilinear", align_corners=False)
+        y = F.gelu(self.up1(F.interpolate(x, size=(2 * h, 2 * w), mode="bilinear", align_corners=False)))
+        y = F.interpolate(y, size=(4 * h, 4 * w), mode="bilinear", align_corners=False)
+        if self.detail is not None:
+            y = y + self.detail(x)
+        y = y + F.gelu(self.up2(y))
+        return F.interpolate(self.out(y).float(), size=size, mode="bilinear", align_corners=False)

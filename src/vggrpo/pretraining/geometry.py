@@ -18,11 +18,13 @@ from vggrpo.pretraining.matching import Matched
 from vggrpo.rewards import geometry_reprojection_consistency
 from vggrpo.world.perturb import wobble
 
-TEACHER = VGGTConfig(stem_blocks=2)
+TEACHER = VGGTConfig(stem_blocks=2, head_features=64, head_detail=True)
 JUDGE = VGGTConfig(
-    dim=128, heads=4, conv_layers=5, pairs=2, registers=0, stem_blocks=1, hooks=(1, 2), head_features=40, mlp_ratio=2.0
-)
-BATCH = 8
+    dim=128, heads=4, conv_layers=5, pairs=2, registers=0, stem_blocks=1, hooks=(1, 2), head_features=48,
+    head_detail=True, mlp_ratio=2.0,
+)  # fmt: skip
+BATCH, VIEWS = 8, 5  # clips of that many views; more clips when they show fewer
+FEW_SHARE = 0.5
 MATCH_WEIGHT = 0.15
 NEAR_SHARE = 0.7
 # Clips that do not hold together, of known geometry: what a judge of generated clips must see, and go on seeing while
@@ -45,21 +47,19 @@ def train_geometry(
 ) -> VGGT:
     """Train a network from scratch, or on from `start`, on the truth of rendered clips.
 
-    Most batches are views 0, 4, 8, ... as in use; the others begin anywhere and lie nearer, more of them early on.
+    Half of the batches are pairs of views of many clips; the others are views 0, 4, 8, ... as in use, or nearer ones
+    early on.
     """
     data = Shards.load(shards)
     torch.manual_seed(schedule.seed)
 
     def loss(model: Matched, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        every, first = 4, 0
-        if torch.rand((), generator=generator) < NEAR_SHARE * max(0.3, 1 - 4 * step / schedule.steps):
-            every = int(torch.randint(1, 4, (), generator=generator))
-            first = int(torch.randint(17 - 4 * every, (), generator=generator))
-        index = torch.randint(len(data), (BATCH,), generator=generator)
-        world = augment(data.world(index, first, every), generator)
+        every, first, views = _frames(step / schedule.steps, generator)
+        index = torch.randint(len(data), (BATCH * VIEWS // views,), generator=generator)
+        world = augment(data.world(index, first, every, views), generator)
         wobbling = bool(torch.rand((), generator=generator) < WOBBLE_SHARE)
         if wobbling:
-            amplitude = MAX_WOBBLE * torch.rand(BATCH, generator=generator)
+            amplitude = MAX_WOBBLE * torch.rand(len(index), generator=generator)
             world = wobble(world, amplitude, int(torch.randint(2**31, (), generator=generator)))
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             prediction, raw = model.network.predict(softened(world.video, generator).transpose(1, 2))
@@ -77,6 +77,20 @@ def train_geometry(
     if start is not None:
         network.load_state_dict(start.state_dict())
     return fit(Matched(network), loss, schedule, folder).network
+
+
+def _frames(done: float, generator: torch.Generator) -> tuple[int, int, int]:
+    """Step between views, first frame and number of views of a batch, when a share `done` of the run is over.
+
+    Two views of many clips teach depth and matching faster than five views of few.
+    """
+    if torch.rand((), generator=generator) < FEW_SHARE:
+        every, views = int(torch.randint(1, 9, (), generator=generator)), 2
+    elif torch.rand((), generator=generator) < NEAR_SHARE * max(0.0, 1 - 3 * done):
+        every, views = int(torch.randint(1, 4, (), generator=generator)), VIEWS
+    else:
+        return 4, 0, VIEWS
+    return every, int(torch.randint(17 - (views - 1) * every, (), generator=generator)), views
 
 
 def consistency_error(prediction: GeometryPrediction) -> Tensor:

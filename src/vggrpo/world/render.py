@@ -17,6 +17,9 @@ from vggrpo.world.scene import Scene
 FAR = 1e6
 # The atlas is 3 x 3 tiles: six room faces and three objects.
 _ATLAS_SIDE = 3
+_AXES = [0, 0, 1, 1, 2, 2]  # of the room's faces
+# Corners are darker, as in any room: without it a textured wall and its neighbour look like one surface at 64 pixels.
+CORNER_SHADOW, CORNER_REACH = 0.4, 0.4
 
 
 @dataclass
@@ -143,17 +146,18 @@ def _cylinder(o: Tensor, d: Tensor) -> Tensor:
 
 
 def shade(scene: SceneTensors, hit: Hit) -> Tensor:
-    """Colours (B, T, P, 3) in [0, 1]: Lambert light, soft contact shadows, textures fixed to their surfaces."""
+    """Colours (B, T, P, 3) in [0, 1]: Lambert light, soft shadows in corners and under objects, textures fixed to their
+    surfaces."""
     lower, upper = scene.room[:, 0, None, None], scene.room[:, 1, None, None]
     unit = (hit.point - lower) / (upper - lower)  # (B, T, P, 3) in [0, 1]
-    to_face = torch.cat([unit, 1 - unit], -1)[..., [0, 3, 1, 4, 2, 5]]  # x-, x+, ceiling, floor, z-, z+
+    to_face = torch.cat([unit, 1 - unit], -1)[..., [0, 3, 1, 4, 2, 5]]  # of _AXES: x-, x+, ceiling, floor, z-, z+
     tile = to_face.argmin(-1)
     axis = torch.div(tile, 2, rounding_mode="floor")
     # Texture coordinates of a wall are its two other axes.
     u = torch.where(axis == 0, unit[..., 2], unit[..., 0])
     v = torch.where(axis == 1, unit[..., 2], unit[..., 1])
     lambert = 0.86 + 0.14 * _face_light(scene.light, tile)
-    lambert = lambert * _contact_shadow(scene, hit, tile)
+    lambert = lambert * _contact_shadow(scene, hit, tile) * _corner_shadow(to_face * (upper - lower)[..., _AXES])
     for k in range(scene.shape.shape[1]):
         mine = hit.object_id == k + 1
         if not mine.any():
@@ -168,6 +172,12 @@ def shade(scene: SceneTensors, hit: Hit) -> Tensor:
         tile = tile.index_put((bi, ti, pi), torch.full_like(bi, 6 + k))
         lambert = lambert.index_put((bi, ti, pi), 0.62 + 0.38 * (normal * scene.light[bi]).sum(-1).clamp_min(0))
     return (_sample_atlas(scene.atlas, tile, u, v) * lambert[..., None]).clamp(0, 1)
+
+
+def _corner_shadow(distance: Tensor) -> Tensor:
+    """How much light reaches a point of the room, given its distance (B, T, P, 6) to each face in metres: less near the
+    other faces. The face it lies on, at distance 0, is divided out."""
+    return (1 - CORNER_SHADOW * torch.exp(-distance / CORNER_REACH)).prod(-1) / (1 - CORNER_SHADOW)
 
 
 def _face_light(light: Tensor, tile: Tensor) -> Tensor:

@@ -75,8 +75,8 @@ def sample_scene(
     roll = np.zeros(num_frames)
     if handheld:
         noise = band_limited_noise(shake_rng, num_frames, FPS, 6)
-        position = position + noise[:, :3] * shake_rng.uniform(0.02, 0.07)
-        angle = np.radians(shake_rng.uniform(0.4, 1.6)) * noise[:, 3:]
+        position = position + noise[:, :3] * shake_rng.uniform(0.03, 0.10)
+        angle = np.radians(shake_rng.uniform(0.6, 2.4)) * noise[:, 3:]
         yaw, pitch, roll = yaw + angle[:, 0], pitch + angle[:, 1], roll + 0.7 * angle[:, 2]
     cam2room = np.tile(np.eye(4), (num_frames, 1, 1))
     cam2room[:, :3, :3], cam2room[:, :3, 3] = rotation(yaw, pitch, roll), position
