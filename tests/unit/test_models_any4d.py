@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vggrpo.errors import UserError
 from vggrpo.geometry import GeometryPrediction, pixel_rays, project, unproject
+from vggrpo.lgm import LatentGeometryModel, LGMConfig
 from vggrpo.models import GeometryModel, any4d, load_geometry_model
 from vggrpo.models.any4d import Any4D, Any4DConfig
 from vggrpo.models.any4d_geometry import intrinsics_from_rays, motion_on_each_view, to_prediction, z_depth
@@ -149,6 +150,22 @@ def test_what_comes_out_follows_our_conventions() -> None:
     assert not prediction.scene_flow[:, -1].any()
     unknown_or_still = prediction.scene_flow.norm(dim=-1) == 0
     assert (prediction.dynamic_mask | unknown_or_still).all()
+
+
+def test_an_lgm_around_it_loads_again_and_its_gradient_reaches_the_latents(tmp_path: Path) -> None:
+    model = tiny()
+    model.save_pretrained(tmp_path / "geometry")
+    config = LGMConfig(geometry="../geometry", vae="test", latent_channels=4, layer=2, lora_rank=2, backend="any4d")
+    lgm = LatentGeometryModel(config, model)
+    lgm.add_lora()
+    lgm.save_pretrained(tmp_path / "lgm")
+    latents = picture(1, 4, 3, *GRID).requires_grad_()
+    prediction = lgm(latents)
+    torch.testing.assert_close(
+        LatentGeometryModel.from_pretrained(tmp_path / "lgm")(latents).depth, prediction.depth, rtol=1e-5, atol=1e-5
+    )
+    (prediction.depth.log().mean() + prediction.cam2world[:, 1:].square().mean()).backward()
+    assert latents.grad.isfinite().all() and latents.grad.abs().amax((0, 1, 3, 4)).min() > 0
 
 
 def test_lora_targets_match_and_sizes_keep_the_videos_tokens() -> None:

@@ -14,12 +14,15 @@ _HOMES = {
     "WanVideoModel": "wan",
     "VGGT": "vggt",
     "Any4D": "any4d",
+    "DepthAnything3": "depth_anything_3",
     "AttributeClassifier": "attributes",
 }
 
 __all__ = [
     "VGGT",
+    "Any4D",
     "AttributeClassifier",
+    "DepthAnything3",
     "GeometryModel",
     "LatentSpec",
     "VideoModel",
