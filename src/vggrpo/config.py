@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -27,6 +27,10 @@ class _Section(BaseModel):
     """A part of the config: unknown keys are errors, values do not change after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), use_attribute_docstrings=True)
+
+
+Section = _Section  # for recipes of other kinds, in files of their own
+_SectionT = TypeVar("_SectionT", bound=_Section)
 
 
 class ModelConfig(_Section):
@@ -277,18 +281,25 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     Raises:
         UserError: one line that names the field and the remedy.
     """
-    values = dict(source) if isinstance(source, Mapping) else _read_yaml(recipe_path(source))
-    for override in overrides:
-        values = _override(values, override)
-    return parse_config(values)
+    return load_section(TrainConfig, source, overrides)
 
 
 def parse_config(values: Mapping[str, Any]) -> TrainConfig:
     """Validate plain values; see `load_config`."""
+    return load_section(TrainConfig, values)
+
+
+def load_section(
+    kind: type[_SectionT], source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()
+) -> _SectionT:
+    """`load_config` for any kind of recipe."""
+    values = dict(source) if isinstance(source, Mapping) else _read_yaml(recipe_path(source))
+    for override in overrides:
+        values = _override(values, override)
     try:
-        return TrainConfig.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
-        raise UserError(_explain(error)) from error
+        raise UserError(_explain(error, kind)) from error
 
 
 def dump_config(config: TrainConfig) -> str:
@@ -298,7 +309,7 @@ def dump_config(config: TrainConfig) -> str:
 
 def resume_difference(saved: Mapping[str, Any], current: TrainConfig) -> str | None:
     """The first field that differs and may not at resume, as "name: was X, is Y"; None if there is none."""
-    before, now = _flatten(saved), _flatten(current.model_dump(mode="json"))
+    before, now = flatten_config(saved), flatten_config(current.model_dump(mode="json"))
     for key in sorted(before.keys() | now.keys()):
         if key not in RESUMABLE and before.get(key) != now.get(key):
             return f"{key}: was {before.get(key)!r}, is {now.get(key)!r}"
@@ -341,20 +352,21 @@ def _set(values: Mapping[str, Any], keys: Sequence[str], value: Any) -> dict[str
     return copy
 
 
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten_config(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted names of nested values."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
-        flat.update(_flatten(value, f"{name}.") if isinstance(value, Mapping) and value else {name: value})
+        flat.update(flatten_config(value, f"{name}.") if isinstance(value, Mapping) and value else {name: value})
     return flat
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, kind: type[BaseModel]) -> str:
     """One line for the first thing that is wrong."""
     first = error.errors()[0]
     name = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        known = _known_keys()
+        known = _known_keys(kind)
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.0) or ["updates"]
         same_leaf = [key for key in known if key.split(".")[-1] == str(first["loc"][-1])]
         return f"unknown config key {name!r}; the nearest known key is {(same_leaf or near)[0]!r}"
@@ -366,7 +378,7 @@ def _explain(error: ValidationError) -> str:
     )
 
 
-def _known_keys(model: type[BaseModel] = TrainConfig, prefix: str = "") -> list[str]:
+def _known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
     keys: list[str] = []
     for name, info in model.model_fields.items():
         keys.append(f"{prefix}{name}")

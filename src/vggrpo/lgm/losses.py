@@ -32,9 +32,14 @@ WEIGHTS = {
 }
 
 
-def unit_depth(geometry: GeometryPrediction) -> GeometryPrediction:
-    """The same geometry in units of the first view's median depth."""
-    scale = geometry.depth[:, 0].flatten(1).median(1).values.clamp_min(1e-6)
+def depth_unit(geometry: GeometryPrediction) -> Float[Tensor, " B"]:
+    """The first view's median depth."""
+    return geometry.depth[:, 0].flatten(1).median(1).values.clamp_min(1e-6)
+
+
+def unit_depth(geometry: GeometryPrediction, scale: Float[Tensor, " B"] | None = None) -> GeometryPrediction:
+    """The same geometry in units of the first view's median depth, or of another length a clip."""
+    scale = depth_unit(geometry) if scale is None else scale
     maps = scale[:, None, None, None]
     cam2world = geometry.cam2world.clone()
     cam2world[..., :3, 3] = cam2world[..., :3, 3] / scale[:, None, None]
@@ -66,6 +71,55 @@ def geometry_loss(
         raw: logits of confidence and masks, as `GeometryModel.predict` gives them.
         target: in units of its first view's median depth (`unit_depth`).
     """
+    parts, error = _shape_parts(prediction, target)
+    parts["conf"] = F.binary_cross_entropy_with_logits(raw["conf_logit"], torch.exp(-error.detach() / CONF_SCALE))
+    _add_masks(parts, raw, target)
+    return _weighted(parts, weights)
+
+
+def distillation_loss(
+    prediction: GeometryPrediction,
+    raw: dict[str, Tensor],
+    teacher: GeometryPrediction,
+    weights: dict[str, float] = WEIGHTS,
+) -> tuple[Tensor, dict[str, float]]:
+    """`geometry_loss` against the word of a teacher, in the teacher's unit.
+
+    Its confidence is learned as it is, and what it does not know (confidence 0, flow not finite) is no target.
+
+    Args:
+        raw: logits of the masks, where the network has such heads (`dynamic_logit`, `subject_logit`).
+    """
+    scale = depth_unit(teacher)
+    prediction, target = unit_depth(prediction, scale), unit_depth(teacher, scale)
+    known = target.conf > 0
+    own = prediction.detach()
+    target.depth = torch.where(known, target.depth, own.depth)
+    target.points = torch.where(known[..., None], target.points, own.points)
+    if target.scene_flow is not None and own.scene_flow is not None:
+        told = known[..., None] & target.scene_flow.isfinite()
+        target.scene_flow = torch.where(told, target.scene_flow, own.scene_flow)
+    parts, _ = _shape_parts(prediction, target)
+    parts["conf"] = (prediction.conf - target.conf).abs().mean()
+    _add_masks(parts, raw, target)
+    return _weighted(parts, weights)
+
+
+def _weighted(parts: dict[str, Tensor], weights: dict[str, float]) -> tuple[Tensor, dict[str, float]]:
+    total = sum(weights[name] * value for name, value in parts.items())
+    return total, {name: value.item() for name, value in parts.items()}
+
+
+def _add_masks(parts: dict[str, Tensor], raw: dict[str, Tensor], target: GeometryPrediction) -> None:
+    for name, mask in (("dynamic", target.dynamic_mask), ("subject", target.subject_mask)):
+        if mask is not None and f"{name}_logit" in raw:  # not every backend has such a head
+            parts[name] = F.binary_cross_entropy_with_logits(raw[f"{name}_logit"], mask.float())
+
+
+def _shape_parts(
+    prediction: GeometryPrediction, target: GeometryPrediction
+) -> tuple[dict[str, Tensor], Float[Tensor, "B S H W"]]:
+    """Losses of depth, cameras, points and flow, and the relative depth error of each pixel."""
     depth = target.depth
     log_ratio = prediction.depth.log() - depth.log()
     error = log_ratio.abs()
@@ -87,18 +141,13 @@ def geometry_loss(
         .abs()
         .mean(),
         "points": ((prediction.points - target.points).norm(dim=-1) / depth).mean(),
-        "conf": F.binary_cross_entropy_with_logits(raw["conf_logit"], torch.exp(-error.detach() / CONF_SCALE)),
     }
     if target.scene_flow is not None and prediction.scene_flow is not None:
         miss = (prediction.scene_flow - target.scene_flow).abs().sum(-1)
         moving = (target.scene_flow.abs().sum(-1) > 1e-6).float()
         # Few pixels move, so they count as much as all the others together.
         parts["flow"] = miss.mean() + (miss * moving).sum() / moving.sum().clamp_min(1.0)
-    for name, mask in (("dynamic", target.dynamic_mask), ("subject", target.subject_mask)):
-        if mask is not None and f"{name}_logit" in raw:  # not every backend has such a head
-            parts[name] = F.binary_cross_entropy_with_logits(raw[f"{name}_logit"], mask.float())
-    total = sum(weights[name] * value for name, value in parts.items())
-    return total, {name: value.item() for name, value in parts.items()}
+    return parts, error
 
 
 @torch.no_grad()

@@ -37,7 +37,9 @@ class LGMConfig(BaseModel):
     """What an LGM was made for; loading refuses what does not fit."""
 
     model_config = ConfigDict(extra="forbid")
-    geometry: str = Field(description="directory of the geometry model, relative to the LGM's own, or absolute")
+    geometry: str = Field(
+        description="geometry model: directory (absolute or relative to the LGM), hub id, or embedded"
+    )
     vae: str = Field(description="name of the VAE whose latents it reads")
     latent_channels: int = Field(ge=1)
     temporal_stride: int = Field(4, ge=1, description="RGB frames a latent frame")
@@ -49,6 +51,9 @@ class LGMConfig(BaseModel):
     lora_rank: int = Field(64, ge=0, description="0: no LoRA, the connector alone is trained")
     lora_alpha: int = Field(32, ge=1)
     backend: str = Field("vggt", description="`model_type` of the geometry model")
+    spatial_stride: int | None = Field(None, ge=1, description="pixels a latent cell; null: not recorded")
+    latents_mean: list[float] | None = Field(None, description="per channel, what the latents were normalised with")
+    latents_std: list[float] | None = None
 
 
 class LatentGeometryModel(nn.Module):

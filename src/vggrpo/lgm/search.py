@@ -10,12 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
+from vggrpo.errors import UserError
+from vggrpo.io.atomic import atomic_write
 from vggrpo.lgm.connector import KERNEL, PADDING, Connector
 from vggrpo.models.base import GeometryModel
 
@@ -79,7 +84,7 @@ def search_layers(
         specials = [sum_ + mean.double() * len(frames) for sum_, mean in zip(specials, special, strict=True)]
         count += len(frames)
     size = len(gram)
-    penalty = ridge * gram.diagonal()[:-1].mean() * torch.ones(size, dtype=torch.float64)
+    penalty = (ridge * gram.diagonal()[:-1].mean()).repeat(size)
     penalty[-1] = 0.0  # the bias is free
     solution = torch.linalg.solve(gram + torch.diag(penalty), cross).float()
     score = _held_out_r2(geometry, heldout, layers, stride, solution)
@@ -121,3 +126,25 @@ def _held_out_r2(
     variance = total - first.square() / rows_seen
     dims = [geometry.embed_dim(layer) for layer in layers]
     return [1 - (r.sum() / v.sum()).item() for r, v in zip(residual.split(dims), variance.split(dims), strict=True)]
+
+
+def save_fit(path: Path, fit: StitchFit) -> None:
+    """Write one fit as safetensors, atomically."""
+    tensors = {"weight": fit.weight, "bias": fit.bias, "special": fit.special}
+    about = {"layer": str(fit.layer), "r2": repr(fit.r2)}
+    atomic_write(path, save({name: value.cpu().contiguous() for name, value in tensors.items()}, about))
+
+
+def load_fit(path: Path) -> StitchFit:
+    """Read what `save_fit` wrote.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            about = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in ("weight", "bias", "special")}
+            return StitchFit(int(about["layer"]), **tensors, r2=float(about["r2"]))
+    except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
+        raise UserError(f"{path} is damaged; delete it: the layer search is run again") from error

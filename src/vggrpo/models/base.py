@@ -33,12 +33,15 @@ class LatentSpec:
             1` frames.
         spatial_stride: pixels per latent cell, both directions.
         patch_size: latent cells per transformer token, (time, height, width).
+        mean, std: per channel, what the latents were normalised with; empty where nothing was.
     """
 
     channels: int
     temporal_stride: int = 4
     spatial_stride: int = 8
     patch_size: tuple[int, int, int] = (1, 2, 2)
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
 
     def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """(C, T', H', W') of a clip of `num_frames` frames of `height` x `width` pixels.

@@ -59,7 +59,8 @@ def load_geometry_model(source: str | Path) -> GeometryModel:
     """A frozen geometry network in float32: one saved here, or a public checkpoint of one of the backends.
 
     Args:
-        source: a directory with `config.json` and weights, a weights file, or a hub id such as `facebook/VGGT-1B`.
+        source: a directory with `config.json` and weights, a weights file, a hub id such as `facebook/VGGT-1B`, or
+            "embedded" for the shipped one.
 
     Raises:
         UserError: nothing there, an unknown kind of network, or weights that do not fit; one line.
@@ -93,6 +94,8 @@ def _recognised(state: dict[str, Tensor], source: str | Path) -> str:
 
 def _local(source: str | Path) -> Path:
     """The path itself, or a snapshot of the hub, for which the licence is shown first."""
+    if str(source) == EMBEDDED:
+        return assets.path("geometry")
     if Path(source).exists() or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(source)):
         return Path(source)
     from huggingface_hub import snapshot_download

@@ -97,6 +97,8 @@ class WanVideoModel:
             temporal_stride=vae_config.get("scale_factor_temporal", 4),
             spatial_stride=vae_config.get("scale_factor_spatial", 8),
             patch_size=tuple(transformer.config.patch_size),
+            mean=tuple(vae_config.get("latents_mean") or ()),
+            std=tuple(vae_config.get("latents_std") or ()),
         )
         vae = _load(AutoencoderKLWan, path, "vae", torch_dtype=torch.float32) if load_vae else None
         text_encoder = _load(UMT5EncoderModel, path, "text_encoder", torch_dtype=dtype) if load_text else None

@@ -1,0 +1,166 @@
+"""Where the clips of an LGM's training come from: folders of videos, manifests, webdataset shards (.tar).
+
+A source that cannot be used (corrupt, too short, portrait in a landscape recipe) raises `UserError` when it is opened;
+the cache records why and goes on with the next.
+"""
+
+from __future__ import annotations
+
+import glob
+import tarfile
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from vggrpo.errors import UserError
+from vggrpo.io.manifest import read_manifest
+from vggrpo.io.video import read_video
+
+SUFFIXES = (".mp4", ".webm", ".mov", ".mkv", ".avi")
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One clip.
+
+    Attributes:
+        key: names the clip for ever: source and first frame.
+        video: frames, None where `latents` come from a generator.
+        latents: normalised latents of a generated clip.
+        kind: "real" or "generated", for the record.
+    """
+
+    key: str
+    video: UInt8[Tensor, "3 T H W"] | None = None
+    latents: Float[Tensor, "C T1 H1 W1"] | None = None
+    kind: str = "real"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Something that clips come from. `clips` raises UserError when it cannot be read."""
+
+    name: str
+    clips: Callable[[], Iterator[Clip]]
+
+
+def video_sources(
+    path: str,
+    *,
+    num_frames: int,
+    size: tuple[int, int],
+    frame_stride: int = 1,
+    min_kept: float = 0.5,
+    clips_per_video: int = 8,
+) -> Iterator[Source]:
+    """The videos of a folder (and its sub-folders), a manifest, a tar shard or a glob of any of them, in a fixed order.
+
+    Raises:
+        UserError: nothing is there.
+    """
+    cut = _Cutter(num_frames, size, frame_stride, min_kept, clips_per_video)
+    found = [Path(p) for p in sorted(glob.glob(path, recursive=True))] if glob.has_magic(path) else [Path(path)]
+    count = 0
+    for root in found:
+        if not root.exists():
+            raise UserError(f"clips.videos {path} does not exist; give a folder, a manifest (.jsonl) or .tar shards")
+        for source in _sources_of(root, cut):
+            count += 1
+            yield source
+    if not count:
+        raise UserError(f"clips.videos {path} holds no video ({', '.join(SUFFIXES)}, in folders or .tar shards)")
+
+
+def _sources_of(root: Path, cut: _Cutter) -> Iterator[Source]:
+    if root.is_dir():
+        for file in sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")):
+            yield Source(str(file.relative_to(root)), _from_file(file, str(file.relative_to(root)), cut))
+    elif root.suffix == ".tar":
+        yield from _tar_sources(root, cut)
+    elif root.suffix == ".jsonl":
+        for row in read_manifest(root):
+            yield Source(row.path, _from_file(root.parent / row.path, row.path, cut))
+    else:
+        yield Source(root.name, _from_file(root, root.name, cut))
+
+
+def _from_file(file: Path, name: str, cut: _Cutter) -> Callable[[], Iterator[Clip]]:
+    return lambda: cut(file, name)
+
+
+def _tar_sources(path: Path, cut: _Cutter) -> Iterator[Source]:
+    """Videos of one shard, by its table of contents; each is copied out when it is its turn."""
+    try:
+        with tarfile.open(path) as archive:
+            members = [m.name for m in archive if m.isfile() and m.name.lower().endswith(SUFFIXES)]
+    except (tarfile.TarError, OSError) as error:
+        raise UserError(f"{path} is no readable .tar shard ({type(error).__name__}); download it again") from error
+
+    def extracted(member: str) -> Callable[[], Iterator[Clip]]:
+        def clips() -> Iterator[Clip]:
+            with tempfile.TemporaryDirectory() as folder, tarfile.open(path) as archive:
+                # Under a name of our own: a member's name may point anywhere.
+                target = Path(folder) / f"video{Path(member).suffix}"
+                handle = archive.extractfile(member)
+                target.write_bytes(handle.read() if handle is not None else b"")
+                yield from cut(target, f"{path.name}/{member}")
+
+        return clips
+
+    for member in members:
+        yield Source(f"{path.name}/{member}", extracted(member))
+
+
+@dataclass(frozen=True)
+class _Cutter:
+    """Cuts a video into consecutive clips of one size."""
+
+    num_frames: int
+    size: tuple[int, int]
+    frame_stride: int
+    min_kept: float
+    clips_per_video: int
+
+    def __call__(self, file: Path, name: str) -> Iterator[Clip]:
+        frames, _ = read_video(file, self.clips_per_video * self.num_frames * self.frame_stride)
+        frames = frames[:: self.frame_stride]
+        if len(frames) < self.num_frames:
+            raise UserError(
+                f"{name} has {len(frames)} frames at clips.frame_stride {self.frame_stride}, "
+                f"clips.num_frames is {self.num_frames}"
+            )
+        kept = kept_share(frames.shape[1:3], self.size)
+        if kept < self.min_kept:
+            raise UserError(
+                f"{name} is {frames.shape[2]}x{frames.shape[1]}: cut to {self.size[1]}x{self.size[0]} (width x height) "
+                f"only {kept:.0%} of the picture would be left; set clips.height and clips.width to its shape, "
+                f"or lower clips.min_kept"
+            )
+        for start in range(0, len(frames) - self.num_frames + 1, self.num_frames):
+            part = [fit_frame(frame, self.size) for frame in frames[start : start + self.num_frames]]
+            video = torch.from_numpy(np.stack(part)).permute(3, 0, 1, 2).contiguous()
+            yield Clip(f"{name}#{start}", video)
+
+
+def kept_share(have: tuple[int, int], want: tuple[int, int]) -> float:
+    """Share of a picture of shape `have` (height, width) that a cut to the aspect ratio of `want` leaves."""
+    ratio = (have[1] / have[0]) / (want[1] / want[0])
+    return min(ratio, 1 / ratio)
+
+
+def fit_frame(frame: UInt8[np.ndarray, "H W 3"], size: tuple[int, int]) -> UInt8[np.ndarray, "h w 3"]:
+    """Scale to cover `size` (height, width), then cut out the middle."""
+    height, width = size
+    scale = max(height / frame.shape[0], width / frame.shape[1])
+    new = (max(height, round(frame.shape[0] * scale)), max(width, round(frame.shape[1] * scale)))
+    if new != frame.shape[:2]:
+        frame = cv2.resize(frame, new[::-1], interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
+    top, left = (new[0] - height) // 2, (new[1] - width) // 2
+    return np.ascontiguousarray(frame[top : top + height, left : left + width])

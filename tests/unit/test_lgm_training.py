@@ -1,0 +1,200 @@
+"""`vggrpo train-lgm` from cache to model: the search's order, exact resume, what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from itertools import pairwise
+
+import pytest
+import torch
+from lgm_material import FRAMES, SIZE, BlockVAE, teacher, write_videos
+from safetensors.torch import load_file, save_file
+
+from vggrpo.config_lgm import load_lgm_config
+from vggrpo.errors import UserError
+from vggrpo.geometry import GeometryPrediction
+from vggrpo.lgm import LatentGeometryModel
+from vggrpo.lgm import training as lgm_training
+from vggrpo.lgm.losses import distillation_loss
+from vggrpo.lgm.search import StitchFit, load_fit, save_fit
+from vggrpo.lgm.training import draw_batch, warmup_cosine
+from vggrpo.pretraining import distill
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Videos, a saved teacher, and one finished run of six updates."""
+    root = tmp_path_factory.mktemp("lgm")
+    write_videos(root / "videos", 6)
+    teacher().save_pretrained(root / "vggt")
+    train(root, "whole")
+    return root
+
+
+def config(root, name, *overrides):
+    values = {
+        "output": str(root / name), "cache": str(root / "cache"), "updates": 6, "save_every": 3,
+        "geometry": {"path": str(root / "vggt")},
+        "clips": {"videos": str(root / "videos"), "num_frames": FRAMES, "height": SIZE[0], "width": SIZE[1],
+                  "generated_share": 0, "heldout_share": 0.3, "shard_size": 4},
+        "stitch": {"layers": [0, 1]},
+        "distill": {"batch": 4, "lora_rank": 2, "lora_alpha": 2, "warmup_updates": 2, "learning_rate": 1e-3},
+    }  # fmt: skip
+    return load_lgm_config(values, overrides)
+
+
+def train(root, name, *overrides, **options):
+    """The whole command, but for the VAE, which is a stand-in."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distill, "load_video_model", lambda *a, **k: BlockVAE())
+        return distill.train_lgm(config(root, name, *overrides), progress=False, **options)
+
+
+def rows(path):
+    kept = [json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in kept]
+
+
+def test_the_result_is_an_lgm_with_its_manifest(place):
+    model = LatentGeometryModel.from_pretrained(place / "whole" / "lgm")
+    assert (model.config.latent_channels, model.config.temporal_stride, model.config.spatial_stride) == (3, 4, 8)
+    assert model.config.layer == json.loads((place / "whole" / "search.json").read_text())["chosen"]
+    with torch.no_grad():
+        out = model(torch.zeros(1, 3, 3, 4, 6))
+    assert out.depth.shape == (1, 3, *SIZE)
+    log = rows(place / "whole")
+    assert [row["update"] for row in log] == list(range(6))
+    assert {"depth", "translation", "rotation", "focal", "points", "conf", "flow", "loss"} <= log[0].keys()
+    assert "heldout/abs_rel" in log[2] and "heldout/abs_rel" in log[5] and "heldout/abs_rel" not in log[0]
+    card = json.loads((place / "whole" / "lgm" / "card.json").read_text())
+    assert card["heldout_errors_against_teacher"]["abs_rel"] == pytest.approx(log[5]["heldout/abs_rel"])
+    assert (place / "whole" / "search.html").stat().st_size > 1000
+
+
+def test_training_goes_on_bit_for_bit(place, monkeypatch):
+    step = lgm_training._Distillation.update
+
+    def stop(self, number, watch):
+        if number == 4:
+            raise KeyboardInterrupt
+        return step(self, number, watch)
+
+    monkeypatch.setattr(lgm_training._Distillation, "update", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(place, "cut")
+    monkeypatch.undo()
+    torch.manual_seed(99)
+    train(place, "cut")
+    whole, cut = (load_file(place / name / "lgm" / "model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    assert rows(place / "cut") == rows(place / "whole")
+    assert any(k.startswith("lora.") and v.abs().sum() > 0 for k, v in whole.items() if "lora_B" in k)
+
+
+def test_a_finished_run_does_nothing_and_another_config_is_refused(place):
+    before = (place / "whole" / "lgm" / "model.safetensors").read_bytes()
+    train(place, "whole")
+    assert (place / "whole" / "lgm" / "model.safetensors").read_bytes() == before
+    with pytest.raises(UserError, match=r"distill.lora_rank: was 2, is 3.*output=DIR"):
+        train(place, "whole", "distill.lora_rank=3")
+
+
+def test_search_only_and_one_layer(place):
+    path = train(place, "search", search_only=True)
+    table = json.loads(path.read_text())
+    assert table["ranked_by"] == "downstream" and {row["layer"] for row in table["layers"]} == {0, 1}
+    scores = [row["downstream"] for row in table["layers"]]
+    assert scores == sorted(scores) and table["chosen"] == table["layers"][0]["layer"]
+    assert not (place / "search" / "lgm").exists()
+    table = json.loads(train(place, "r2", "stitch.rank_by=r2", search_only=True).read_text())
+    assert [row["r2"] for row in table["layers"]] == sorted((row["r2"] for row in table["layers"]), reverse=True)
+    with pytest.raises(UserError, match="not safe for this model's heads"):
+        train(place, "unsafe", "stitch.layers=[0, 2]")
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_written(place):
+    for override, words in (
+        ("clips.num_frames=8", "4n[+]1, got 8; the nearest is 9"),
+        ("clips.height=30", "height must be a positive multiple of 8"),
+    ):
+        with pytest.raises(UserError, match=words):
+            train(place, "new", "cache=" + str(place / "new-cache"), override)
+        assert not (place / "new-cache").exists()
+    with pytest.raises(UserError, match="another clip size"):
+        train(place, "new", "clips.width=64")
+    teacher(7).save_pretrained(place / "other")
+    with pytest.raises(UserError, match="another teacher"):
+        train(place, "new", f"geometry.path={place / 'other'}")
+
+
+def test_frame_rate_and_a_square_clip_train_too(place):
+    cache = str(place / "frame-cache")
+    train(
+        place, "frame", f"cache={cache}", "stitch.view_rate=frame", "clips.width=32", "updates=1", "stitch.layers=[0]"
+    )
+    model = LatentGeometryModel.from_pretrained(place / "frame" / "lgm")
+    with torch.no_grad():
+        assert model(torch.zeros(1, 3, 2, 4, 4)).depth.shape == (1, 5, 32, 32)
+
+
+def test_diverging_runs_stop(place):
+    with pytest.raises(UserError, match="no finite gradient"):
+        train(place, "diverges", "distill.learning_rate=1e30", "updates=40", "distill.warmup_updates=0")
+    shutil.rmtree(place / "diverges")
+
+
+def test_a_damaged_fit_is_searched_again(tmp_path):
+    fit = StitchFit(3, torch.randn(4, 2, 5, 5, 5), torch.randn(4), torch.randn(2, 1, 4), 0.25)
+    save_fit(tmp_path / "f.safetensors", fit)
+    got = load_fit(tmp_path / "f.safetensors")
+    assert (got.layer, got.r2) == (3, 0.25) and torch.equal(got.weight, fit.weight)
+    save_file({"weight": fit.weight}, tmp_path / "f.safetensors")
+    with pytest.raises(UserError, match="search is run again"):
+        load_fit(tmp_path / "f.safetensors")
+
+
+def test_every_clip_is_seen_once_an_epoch():
+    among = list(range(100, 110))
+    seen = [clip for update in range(5) for clip in draw_batch(1, update, among, 4)]
+    assert sorted(seen[:10]) == among and sorted(seen[10:]) == among and seen[:10] != seen[10:]
+    assert draw_batch(1, 2, among, 4) == seen[8:12] != draw_batch(2, 2, among, 4)
+
+
+def test_schedule():
+    rates = [warmup_cosine(i, peak=1.0, total=110, warmup=10) for i in range(111)]
+    assert rates[0] == pytest.approx(0.1) and rates[10] == 1.0 and rates[110] == pytest.approx(0.02)
+    assert all(a >= b for a, b in pairwise(rates[10:]))
+
+
+def prediction(depth, scale=1.0, conf=None):
+    poses = torch.eye(4).repeat(1, 2, 1, 1)
+    poses[:, 1, 0, 3] = 0.1 * scale
+    k = torch.tensor([[8.0, 0, 4], [0, 8, 4], [0, 0, 1]]).expand(1, 2, 3, 3)
+    return GeometryPrediction.from_depth(poses, k, depth * scale, conf)
+
+
+def test_the_teachers_unit_does_not_matter_and_its_holes_are_no_target():
+    depth = 1 + torch.rand(1, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    exact, _ = distillation_loss(prediction(depth), {}, prediction(depth))
+    assert exact.item() < 1e-5
+    near, parts = distillation_loss(prediction(1.1 * depth), {}, prediction(depth))
+    far, _ = distillation_loss(prediction(1.1 * depth, 7.0), {}, prediction(depth, 7.0))
+    assert near.item() > 0.1 and near.item() == pytest.approx(far.item(), rel=1e-4)
+    assert parts["depth"] == pytest.approx(0.0953, abs=1e-3) and parts["translation"] == pytest.approx(0, abs=1e-6)
+    conf = torch.ones_like(depth)
+    conf[:, :, :4] = 0
+    wrong = depth.clone()
+    wrong[:, :, :4] *= 3
+    _, masked = distillation_loss(prediction(wrong), {}, prediction(depth, conf=conf))
+    assert masked["depth"] == 0 and masked["conf"] == pytest.approx(0.5)
+    free = prediction(wrong.requires_grad_())
+    loss, _ = distillation_loss(free, {}, prediction(depth, conf=conf), {**lgm_training_weights(), "slope": 0})
+    loss.backward()
+    assert (wrong.grad[:, :, :4] == 0).all()
+
+
+def lgm_training_weights():
+    from vggrpo.lgm.losses import WEIGHTS
+
+    return WEIGHTS
