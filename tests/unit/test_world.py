@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vggrpo.evaluation.metrics.epipolar import detect_features, match_features
+from vggrpo.evaluation.metrics.features import Sift
 from vggrpo.geometry import depth_edges, project, rotation_angle
 from vggrpo.rewards import geometry_reprojection_consistency
 from vggrpo.world import CAMERA_MOVES, WorldBatch, caption_to_attributes, sample_batch, sample_prompts
@@ -161,12 +161,13 @@ def test_textures_let_magsac_recover_the_rotation() -> None:
         w = sample_batch(static, num_frames=3, size=(256, 256), shake="smooth", camera=move, supersample=1)
         for clip in range(len(static)):
             grey = (w.video[clip].mean(0) * 255).round().byte().numpy()
-            features = [detect_features(frame, 800) for frame in grey]
+            sift = Sift(800)
+            features = [sift.detect(frame) for frame in grey]
             for i, j in ((0, 1), (1, 2)):
                 relative = torch.linalg.inv(w.cam2world[clip, j]) @ w.cam2world[clip, i]
                 if relative[:3, 3].norm() < 0.05 * w.depth[clip].median():
                     continue
-                first, second = (p + 0.5 for p in match_features(features[i], features[j]))
+                first, second = (p + 0.5 for p in sift.match(features[i], features[j]))
                 camera = w.intrinsics[clip, i].double().numpy()
                 essential, mask = cv2.findEssentialMat(first, second, camera, cv2.USAC_MAGSAC, 0.999, 1.0)
                 rotation = cv2.recoverPose(essential[:3], first, second, camera, mask=mask)[1]

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import cv2
@@ -33,12 +34,14 @@ class Clip:
         fps: frames per second, so that every gap is a time and not a number of frames.
         prompt: the text the clip was made from; empty when unknown.
         seed: the seed it was made with.
+        truth: the renderer's arrays of a rendered clip (`vggrpo world sample`), where there are any.
     """
 
     frames: NDArray[np.uint8]
     fps: float
     prompt: str = ""
     seed: int = 0
+    truth: Path | None = None
 
     def __post_init__(self) -> None:
         if self.frames.ndim != 4 or self.frames.shape[-1] != 3 or self.frames.dtype != np.uint8:
@@ -113,11 +116,12 @@ class Metric:
         higher_is_better: direction.
         independence: `reward` (what training optimised), `reward-related` (same formula or a relative of it),
             `independent`.
-        cost: `fast` metrics need seconds a clip on one core.
+        cost: `fast` metrics need seconds a clip on one core and nothing but this package; `slow` ones are measured when
+            asked for by name or as part of `all`.
         role: a `guard` is shown beside the scores to expose how they can be cheated; it makes no claim itself.
         compute: function that returns this metric, maybe with siblings made from the same work.
         about: one sentence for the report.
-        needs: models it loads (`judge`, `attributes`).
+        needs: what it can't do without, by the names of `EvaluationModels` (`judge`, `sfm`, ...).
     """
 
     name: str

@@ -1,9 +1,12 @@
-"""`judge_reprojection`: the geometry reward's error e_geo, but of geometry that the judge reads from RGB.
+"""The geometry reward's error e_geo, but of geometry that a network reads from RGB.
 
-The network is independent (other architecture and seed, never used for training or distillation), the formula is the
-reward's, hence the label `reward-related`. It is part of the headline all the same, as fixed before any result was
-seen. Known weakness: the judge's own errors set a floor under every value, so compare arms and don't read the number
-alone.
+- `judge_reprojection`: by the judge, any geometry backend that training and distillation never used (for Wan: one that
+  isn't the LGM's). The network is independent, the formula is the reward's, hence the label `reward-related`. It is
+  part of the headline all the same, as fixed before any result was seen.
+- `teacher_reprojection`: by the network that the LGM was made from. It shares the reward's blind spots, so its label
+  is `reward` and it supports no claim; a judge with the teacher's weights is refused.
+
+Known weakness: the network's own errors set a floor under every value, so compare arms and don't read the number alone.
 """
 
 from __future__ import annotations
@@ -18,8 +21,18 @@ if TYPE_CHECKING:
 
 
 def judge_reprojection(clip: Clip, models: EvaluationModels) -> dict[str, Measurement]:
-    """Mean depth disagreement of the three worst views in median depths; lower is better."""
-    reward = geometry_reprojection_consistency(models.judge_prediction(clip))
+    """Mean depth disagreement of the judge's three worst views in median depths; lower is better."""
+    return {"judge_reprojection": _error("judge", clip, models)}
+
+
+def teacher_reprojection(clip: Clip, models: EvaluationModels) -> dict[str, Measurement]:
+    """The same by the LGM's teacher."""
+    return {"teacher_reprojection": _error("teacher", clip, models)}
+
+
+def _error(name: str, clip: Clip, models: EvaluationModels) -> Measurement:
+    reward = geometry_reprojection_consistency(models.geometry_of(name, clip), per_view=True)
     if not bool(reward.valid[0]):
-        return {"judge_reprojection": Measurement.invalid("the judge sees no static, confident surface in two views")}
-    return {"judge_reprojection": Measurement.of(float(reward.terms["e_geo"][0]))}
+        return Measurement.invalid(f"the {name} sees no static, confident surface in two views")
+    views = reward.terms["e_geo_per_view"][0].tolist()
+    return Measurement.of(float(reward.terms["e_geo"][0]), views=views)
