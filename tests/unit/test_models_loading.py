@@ -20,7 +20,7 @@ from vggrpo.models.pretrained import read_weights
 from vggrpo.models.vggt import VGGT, VGGTConfig
 
 
-@pytest.fixture()
+@pytest.fixture
 def directory(tmp_path: Path) -> Path:
     VGGT(VGGTConfig(dim=32, heads=2, conv_layers=1, pairs=2, hooks=(1, 2), head_features=8)).save_pretrained(tmp_path)
     return tmp_path

@@ -1,11 +1,15 @@
-"""A feed-forward geometry network of the VGGT family; its small configurations are the embedded teacher and the judge.
+"""VGGT, a feed-forward geometry network: one class for the public model and for the embedded teacher and judge.
 
-Views of a clip -> patch tokens (+ one camera token and registers a view) -> residual 3D convolutions (optional) ->
-pairs of frame-wise and global attention -> a camera head on the camera tokens and a dense head on the patch tokens. The
-dense head gives inverse depth, confidence, scene flow, and logits of the dynamic and subject masks.
+Views of a clip -> tokens of patches (+ one camera token and registers a view) -> pairs of frame-wise and global
+attention -> cameras and maps. Two choices in the config separate the sizes:
 
-Inside, cameras are world2cam with quaternions (VGGT's pose encoding: translation, xyzw, field of view); everything that
-leaves this file follows `GeometryPrediction`.
+- what is before the attention: DINOv2 (the public model), or a light stem and residual 3D convolutions, because motion
+  between neighbouring views is most of what a small network can learn from;
+- the decoder: `dpt` has the public heads (cameras by refinement, depth and confidence by a dense prediction
+  transformer), `light` reads pose, inverse depth, confidence, scene flow and two masks with a few layers.
+
+Public weights load through `vggrpo.models.vggt_official`. Inside, cameras are world2cam with quaternions (VGGT's pose
+encoding: translation, xyzw, fields of view); everything that leaves this file follows `GeometryPrediction`.
 """
 
 from __future__ import annotations
@@ -14,22 +18,20 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from vggrpo.errors import UserError
 from vggrpo.geometry import GeometryPrediction
-from vggrpo.geometry.se3 import anchor_cameras, invert_se3
+from vggrpo.models.border import check_frames, patch_image_size
+from vggrpo.models.dinov2 import DinoConfig, DinoV2
+from vggrpo.models.dpt import MapHead
 from vggrpo.models.pretrained import build, read_config, read_weights, reading, write_pretrained
+from vggrpo.models.vggt_camera import CameraHead
+from vggrpo.models.vggt_decode import LIGHT_CHANNELS, dpt_prediction, light_prediction
 from vggrpo.models.vggt_layers import ConvBlock, ConvStem, DenseHead, PatchStem
+from vggrpo.models.vggt_official import is_official, official_config, official_state
 from vggrpo.models.vit_layers import Block, rope_tables
-
-# Channels of the dense head.
-_INVERSE_DEPTH, _CONF, _FLOW, _DYNAMIC, _SUBJECT = 0, 1, slice(2, 5), 5, 6
-_CHANNELS = 7
-_FLOW_SCALE = 0.1
 
 
 class VGGTConfig(BaseModel):
@@ -38,40 +40,71 @@ class VGGTConfig(BaseModel):
     model_config = ConfigDict(extra="forbid")
     dim: int = Field(192, ge=16, description="token width")
     heads: int = Field(6, ge=1)
-    conv_layers: int = Field(3, ge=0, description="residual 3D convolutions before attention")
+    conv_layers: int = Field(3, ge=0, description="residual 3D convolutions before attention; 0 with dinov2")
     pairs: int = Field(4, ge=1, description="pairs of frame and global attention blocks")
     registers: int = Field(2, ge=0, description="register tokens a view")
-    patch_embed: Literal["conv", "patch"] = Field(
-        "conv", description="stem: strided convolutions, or one linear map a patch"
+    patch_embed: Literal["conv", "patch", "dinov2"] = Field(
+        "conv", description="stem: strided convolutions, one linear map a patch, or DINOv2 with the same registers"
     )
     stem_blocks: int = Field(0, ge=0, description="residual blocks after each of the stem's first two convolutions")
+    encoder_layers: int = Field(24, ge=1, description="blocks of DINOv2")
+    position_grid: int = Field(37, ge=1, description="side of the square of patches that DINOv2 learned positions on")
     patch: int = Field(8, ge=2, description="pixels a token")
     mlp_ratio: float = Field(3.0, gt=0)
     rope_base: float = Field(100.0, gt=1)
+    decoder: Literal["light", "dpt"] = Field("light", description="heads: see the module")
     head_features: int = Field(48, ge=8)
-    head_detail: bool = Field(False, description="the dense head reads what lies within a token, not between tokens")
-    hooks: tuple[int, ...] = Field((2, 4), description="number of pairs after which the dense head reads tokens")
+    head_detail: bool = Field(False, description="the light dense head reads inside tokens, not only between them")
+    head_widths: tuple[int, int, int, int] = Field(
+        (256, 512, 1024, 1024), description="channels of the four levels of a DPT, the finest first"
+    )
+    hooks: tuple[int, ...] = Field((2, 4), description="number of pairs after which the dense heads read tokens")
+    points: Literal["depth", "head"] = Field(
+        "depth", description="points: unprojected depth, or the DPT's own head, with that head's confidence"
+    )
     frame_stride: int = Field(4, ge=1, description="RGB frames between the views it was trained on")
     dynamic_threshold: float = Field(0.5, gt=0, lt=1, description="probability above which a pixel counts as moving")
 
+    @model_validator(mode="after")
+    def _fits_together(self) -> VGGTConfig:
+        if self.patch_embed == "dinov2" and self.conv_layers:
+            raise ValueError(f"conv_layers is {self.conv_layers}; DINOv2 needs none, set it to 0")
+        if self.decoder == "dpt" and (len(self.hooks) != 4 or self.hooks[-1] != self.pairs):
+            raise ValueError(
+                f"hooks are {self.hooks}; a DPT reads four layers, the last one after all {self.pairs} pairs"
+            )
+        if self.points == "head" and self.decoder != "dpt":
+            raise ValueError("points is 'head', but the light decoder has no head of points; set it to 'depth'")
+        return self
+
 
 class VGGT(nn.Module):
-    """See the module's docstring. Layers: 0 (after the stem), then convolutions, then pairs of attention."""
+    """See the module's docstring.
+
+    Layers: those of the encoder (0: what enters it), then the pairs of attention. The last layer of the encoder stands
+    for what enters the first pair: special tokens of the trunk and, with DINOv2, normalised patches.
+    """
 
     model_type: ClassVar[str] = "vggt"
 
     def __init__(self, config: VGGTConfig) -> None:
         super().__init__()
         self.config = c = config
-        self.stem = ConvStem(c.dim, c.stem_blocks) if c.patch_embed == "conv" else PatchStem(c.dim, c.patch)
+        self.stem = _stem(c)
         self.convs = nn.ModuleList(ConvBlock(c.dim) for _ in range(c.conv_layers))
         # Index 0: the first view, which anchors the world; index 1: all others.
         self.special = nn.Parameter(0.02 * torch.randn(2, 1 + c.registers, c.dim))
         self.frame_blocks = nn.ModuleList(Block(c.dim, c.heads, c.mlp_ratio) for _ in range(c.pairs))
         self.global_blocks = nn.ModuleList(Block(c.dim, c.heads, c.mlp_ratio) for _ in range(c.pairs))
-        self.camera_norm = nn.LayerNorm(2 * c.dim)
-        self.camera_head = nn.Sequential(nn.Linear(2 * c.dim, 2 * c.dim), nn.GELU(), nn.Linear(2 * c.dim, 9))
-        self.dense_head = DenseHead(c.dim, len(c.hooks), c.head_features, _CHANNELS, c.head_detail)
+        if c.decoder == "light":
+            self.camera_norm = nn.LayerNorm(2 * c.dim)
+            self.camera_head = nn.Sequential(nn.Linear(2 * c.dim, 2 * c.dim), nn.GELU(), nn.Linear(2 * c.dim, 9))
+            self.dense_head = DenseHead(c.dim, len(c.hooks), c.head_features, LIGHT_CHANNELS, c.head_detail)
+        else:
+            self.camera_head = CameraHead(2 * c.dim, c.heads)
+            self.depth_head = MapHead(2 * c.dim, 2, c.head_features, c.head_widths, rectified=True)
+            if c.points == "head":
+                self.point_head = MapHead(2 * c.dim, 4, c.head_features, c.head_widths, rectified=True)
 
     # --- the protocol `GeometryModel` ---------------------------------------------------------------------------------
 
@@ -81,22 +114,23 @@ class VGGT(nn.Module):
 
     def stitch_points(self) -> list[int]:
         """Layers up to which nothing that the heads read has been computed yet."""
-        return list(range(self.config.conv_layers + min(self.config.hooks)))
+        return list(range(self.encoder_layers + min(self.config.hooks)))
 
     def embed_dim(self, layer: int) -> int:
         """Width of the tokens after `layer`: the same everywhere."""
         return self.config.dim
 
     def tap(self, frames: Float[Tensor, "B S 3 H W"], layer: int) -> Float[Tensor, "B S N D"]:
-        """All tokens after `layer`; before the attention, the special tokens are their parameters."""
-        self._check_frames(frames)
-        x = self.stem(frames)
-        for conv in self.convs[:layer]:
-            x = conv(x)
-        tokens = self._add_special(x)
-        grid = (x.shape[-2], x.shape[-1])
-        for pair in range(max(0, layer - self.config.conv_layers)):
-            tokens = self._pair(tokens, pair, grid)
+        """All tokens after `layer`; before the attention, the special tokens are parameters of stem or trunk."""
+        check_frames(frames, self.config.patch)
+        if isinstance(self.stem, DinoV2):
+            tokens = self.stem.embed(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
+        else:
+            tokens = self._add_special(self.stem(frames).flatten(3).permute(0, 2, 3, 1))
+        grid = (frames.shape[-2] // self.config.patch, frames.shape[-1] // self.config.patch)
+        tokens = self._encode(tokens, 0, min(layer, self.encoder_layers), grid)
+        for pair in range(layer - self.encoder_layers):
+            tokens = self._pair(tokens, pair, grid)[1]
         return tokens
 
     def resume(self, tokens: Float[Tensor, "B S N D"], layer: int, grid: tuple[int, int]) -> GeometryPrediction:
@@ -104,18 +138,28 @@ class VGGT(nn.Module):
         return self.resume_raw(tokens, layer, grid)[0]
 
     def special_tokens(self, layer: int) -> Float[Tensor, "2 M D"]:
-        """Special tokens of the first view and of the others: their parameters, which pairs of attention change."""
+        """Special tokens of the first view and of the others: parameters, which attention changes."""
+        if isinstance(self.stem, DinoV2) and layer < self.encoder_layers:
+            return self.stem.special_tokens().expand(2, -1, -1)
         return self.special
 
     def lora_targets(self) -> list[str]:
-        """Linear layers of the trunk and the heads."""
-        return ["qkv", "proj", "fc1", "fc2", "camera_head.0", "camera_head.2"]
+        """Linear layers of the blocks and of the camera head, and what brings tokens into a DPT."""
+        if self.config.decoder == "light":
+            return ["qkv", "proj", "fc1", "fc2", "camera_head.0", "camera_head.2"]
+        heads = ["embed_pose", "poseLN_modulation.1", "pose_branch.fc1", "pose_branch.fc2"]
+        return ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", *heads, *(f"projects.{level}" for level in range(4))]
 
     def image_size_for(self, video_size: tuple[int, int]) -> tuple[int, int]:
-        """This network sees a video at its own size."""
-        return video_size
+        """With DINOv2 the size that has the video's own tokens (480x832 is seen at 420x728), else the video's own."""
+        return patch_image_size(video_size, self.config.patch) if self.config.patch_embed == "dinov2" else video_size
 
     # --- inside ---
+
+    @property
+    def encoder_layers(self) -> int:
+        """Layers before the first pair."""
+        return len(self.stem.blocks) if isinstance(self.stem, DinoV2) else len(self.convs)
 
     def predict(self, frames: Float[Tensor, "B S 3 H W"]) -> tuple[GeometryPrediction, dict[str, Tensor]]:
         """`forward` with the raw outputs that a loss needs."""
@@ -125,82 +169,79 @@ class VGGT(nn.Module):
     def resume_raw(
         self, tokens: Float[Tensor, "B S N D"], layer: int, grid: tuple[int, int]
     ) -> tuple[GeometryPrediction, dict[str, Tensor]]:
-        """`resume` with the raw outputs: `conf_logit`, `dynamic_logit`, `subject_logit` (B, S, H, W)."""
+        """`resume` with the raw outputs (B, S, H, W): `conf_logit`, of the light decoder also `dynamic_logit` and
+        `subject_logit`."""
+        first = self.encoder_layers
+        tokens = self._encode(tokens, layer, first, grid)
+        hooked = []
+        for pair in range(max(0, layer - first), self.config.pairs):
+            within, tokens = self._pair(tokens, pair, grid)
+            if pair + 1 in self.config.hooks:
+                hooked.append(tokens if self.config.decoder == "light" else torch.cat([within, tokens], -1))
+        return self._light(tokens, hooked, grid) if self.config.decoder == "light" else self._dpt(hooked, grid)
+
+    def _encode(self, tokens: Float[Tensor, "B S N D"], layer: int, until: int, grid: tuple[int, int]) -> Tensor:
+        """Tokens after layer `until` of the encoder from those after `layer`; unchanged where that is past it."""
+        if layer >= self.encoder_layers and (layer or isinstance(self.stem, DinoV2)):
+            return tokens
         b, s = tokens.shape[:2]
+        if isinstance(self.stem, DinoV2):
+            x = tokens.flatten(0, 1)
+            for block in self.stem.blocks[layer:until]:
+                x = block(x)
+            if until == self.encoder_layers:
+                return self._add_special(self.stem.norm(x)[:, self.stem.special :].unflatten(0, (b, s)))
+            return x.unflatten(0, (b, s))
         special = 1 + self.config.registers
         x = tokens[:, :, special:].transpose(2, 3).reshape(b, s, -1, *grid).transpose(1, 2)
-        for conv in self.convs[layer:]:
+        for conv in self.convs[layer:until]:
             x = conv(x)
-        tokens = torch.cat([tokens[:, :, :special], x.flatten(3).permute(0, 2, 3, 1)], 2)
-        maps = []
-        for pair in range(max(0, layer - self.config.conv_layers), self.config.pairs):
-            tokens = self._pair(tokens, pair, grid)
-            if pair + 1 in self.config.hooks:
-                maps.append(tokens[:, :, special:].flatten(0, 1).transpose(1, 2).unflatten(2, grid))
-        pose = self._pose(tokens, special)
-        size = (grid[0] * self.config.patch, grid[1] * self.config.patch)
-        dense = self.dense_head(maps, size).view(b, s, _CHANNELS, *size)
-        with torch.autocast(dense.device.type, enabled=False):  # matrices of poses are multiplied in full precision
-            return self._assemble(pose, dense.float())
+        return torch.cat([tokens[:, :, :special], x.flatten(3).permute(0, 2, 3, 1)], 2)
 
-    def _pair(self, tokens: Tensor, pair: int, grid: tuple[int, int]) -> Tensor:
-        """Attention within each view, then across all views; tokens (B, S, N, D)."""
+    def _pair(self, tokens: Tensor, pair: int, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Attention within each view, then across all views; tokens (B, S, N, D) after each of the two."""
         b, s, n, d = tokens.shape
         head_dim = d // self.config.heads
         cos, sin = (
             x.to(tokens.device) for x in rope_tables(grid, n - grid[0] * grid[1], head_dim, self.config.rope_base)
         )
-        tokens = self.frame_blocks[pair](tokens.reshape(b * s, n, d), (cos, sin)).view(b, s, n, d)
+        within = self.frame_blocks[pair](tokens.reshape(b * s, n, d), (cos, sin)).view(b, s, n, d)
         every = (cos.repeat(s, 1), sin.repeat(s, 1))
-        return self.global_blocks[pair](tokens.reshape(b, s * n, d), every).view(b, s, n, d)
+        return within, self.global_blocks[pair](within.reshape(b, s * n, d), every).view(b, s, n, d)
 
-    def _add_special(self, x: Float[Tensor, "B D S h w"]) -> Float[Tensor, "B S N D"]:
-        patches = x.flatten(3).permute(0, 2, 3, 1)
+    def _add_special(self, patches: Float[Tensor, "B S M D"]) -> Float[Tensor, "B S N D"]:
         others = self.special[1:].expand(patches.shape[1] - 1, -1, -1)
         special = torch.cat([self.special[:1], others]).to(patches.dtype).expand(len(patches), -1, -1, -1)
         return torch.cat([special, patches], 2)
 
-    def _pose(self, tokens: Tensor, special: int) -> Float[Tensor, "B S 9"]:
-        """Pose encoding of each view from its camera token and the mean of its patch tokens."""
+    def _light(
+        self, tokens: Tensor, hooked: list[Tensor], grid: tuple[int, int]
+    ) -> tuple[GeometryPrediction, dict[str, Tensor]]:
+        """The light decoder: pose from the camera token and the mean patch token of each view."""
+        special, size = 1 + self.config.registers, self._pixels(grid)
+        maps = [x[:, :, special:].flatten(0, 1).transpose(1, 2).unflatten(2, grid) for x in hooked]
         pooled = torch.cat([tokens[:, :, 0], tokens[:, :, special:].mean(2)], -1)
         with torch.autocast(pooled.device.type, enabled=False):  # a degree is 0.017: bf16 would round poses away
-            return self.camera_head(self.camera_norm(pooled.float()))
+            pose = self.camera_head(self.camera_norm(pooled.float()))
+        dense = self.dense_head(maps, size).unflatten(0, tokens.shape[:2])
+        with torch.autocast(dense.device.type, enabled=False):  # matrices of poses are multiplied in full precision
+            return light_prediction(pose, dense.float(), self._frame_index(dense), self.config.dynamic_threshold)
 
-    def _assemble(self, pose: Tensor, dense: Tensor) -> tuple[GeometryPrediction, dict[str, Tensor]]:
-        height, width = dense.shape[-2:]
-        cam2world = anchor_cameras(invert_se3(decode_extrinsics(pose)))
-        intrinsics = decode_intrinsics(pose, height, width)
-        # Near 1 at the start: scenes are scaled so that the first view's median depth is 1.
-        depth = 1 / (F.softplus(dense[:, :, _INVERSE_DEPTH] + 0.5413) + 1e-3)
-        flow = (_FLOW_SCALE * dense[:, :, _FLOW]).permute(0, 1, 3, 4, 2)
-        flow = torch.cat([flow[:, :-1], torch.zeros_like(flow[:, -1:])], 1)
-        raw = {
-            "conf_logit": dense[:, :, _CONF],
-            "dynamic_logit": dense[:, :, _DYNAMIC],
-            "subject_logit": dense[:, :, _SUBJECT],
-        }
-        level = self.config.dynamic_threshold
-        prediction = GeometryPrediction.from_depth(
-            cam2world,
-            intrinsics,
-            depth,
-            conf=torch.sigmoid(raw["conf_logit"]),
-            scene_flow=flow,
-            dynamic_mask=torch.sigmoid(raw["dynamic_logit"]) > level,
-            subject_mask=torch.sigmoid(raw["subject_logit"]) > level,
-            frame_index=torch.arange(depth.shape[1], device=depth.device) * self.config.frame_stride,
-        )
-        return prediction, raw
+    def _dpt(self, hooked: list[Tensor], grid: tuple[int, int]) -> tuple[GeometryPrediction, dict[str, Tensor]]:
+        """The public decoder, in full precision throughout."""
+        size, special = self._pixels(grid), 1 + self.config.registers
+        with torch.autocast(hooked[0].device.type, enabled=False):
+            pose = self.camera_head(hooked[-1][:, :, 0].float())
+            maps = [x[:, :, special:].float().flatten(0, 1).transpose(1, 2).unflatten(2, grid) for x in hooked]
+            dense = self.depth_head(maps, size).unflatten(0, pose.shape[:2])
+            own = self.point_head(maps, size).unflatten(0, pose.shape[:2]) if self.config.points == "head" else None
+            return dpt_prediction(pose, dense, self._frame_index(dense), own)
 
-    def _check_frames(self, frames: Tensor) -> None:
-        if frames.ndim != 5 or frames.shape[2] != 3:
-            raise ValueError(f"frames: expected shape (B, S, 3, H, W), got {tuple(frames.shape)}")
-        patch = self.config.patch
-        if frames.shape[-1] % patch or frames.shape[-2] % patch:
-            raise UserError(
-                f"frames of {frames.shape[-2]}x{frames.shape[-1]} pixels do not divide into patches of "
-                f"{patch}; resize them"
-            )
+    def _pixels(self, grid: tuple[int, int]) -> tuple[int, int]:
+        return grid[0] * self.config.patch, grid[1] * self.config.patch
+
+    def _frame_index(self, dense: Float[Tensor, "B S C H W"]) -> Tensor:
+        return torch.arange(dense.shape[1], device=dense.device) * self.config.frame_stride
 
     # --- files ---
 
@@ -222,38 +263,29 @@ class VGGT(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, config: dict[str, Any], state: dict[str, Tensor]) -> VGGT:
-        """See `GeometryModel`."""
-        values = VGGTConfig(**{name: value for name, value in config.items() if name != "model_type"})
+        """See `GeometryModel`; `config` may choose `points` for public weights, whose sizes are read off them."""
+        if is_official(state):
+            values = VGGTConfig(**official_config(state), points=config.get("points", "depth"))
+            state = official_state(state, values.points == "head")
+        else:
+            values = VGGTConfig(**{name: value for name, value in config.items() if name != "model_type"})
         return build(lambda: cls(values), state)
 
 
-def decode_extrinsics(pose: Float[Tensor, "B S 9"]) -> Float[Tensor, "B S 4 4"]:
-    """world2cam from VGGT's pose encoding: translation (3), quaternion xyzw around the identity (4), fields of view."""
-    x, y, z, w = F.normalize(pose[..., 3:7] + pose.new_tensor([0.0, 0.0, 0.0, 1.0]), dim=-1).unbind(-1)
-    rotation = torch.stack(
-        [
-            1 - 2 * (y * y + z * z),
-            2 * (x * y - z * w),
-            2 * (x * z + y * w),
-            2 * (x * y + z * w),
-            1 - 2 * (x * x + z * z),
-            2 * (y * z - x * w),
-            2 * (x * z - y * w),
-            2 * (y * z + x * w),
-            1 - 2 * (x * x + y * y),
-        ],
-        -1,
-    ).unflatten(-1, (3, 3))
-    top = torch.cat([rotation, pose[..., :3, None]], -1)
-    bottom = pose.new_tensor([0.0, 0.0, 0.0, 1.0]).expand(*pose.shape[:-1], 1, 4)
-    return torch.cat([top, bottom], -2)
-
-
-def decode_intrinsics(pose: Float[Tensor, "B S 9"], height: int, width: int) -> Float[Tensor, "B S 3 3"]:
-    """Pinhole intrinsics in pixels, principal point in the middle; fields of view around one radian."""
-    fov = 1.0 + 0.5 * torch.tanh(pose[..., 7:9])
-    out = torch.zeros(*pose.shape[:-1], 3, 3, device=pose.device)
-    out[..., 1, 1] = height / 2 / torch.tan(fov[..., 0] / 2)
-    out[..., 0, 0] = width / 2 / torch.tan(fov[..., 1] / 2)
-    out[..., 0, 2], out[..., 1, 2], out[..., 2, 2] = width / 2, height / 2, 1.0
-    return out
+def _stem(c: VGGTConfig) -> nn.Module:
+    if c.patch_embed == "conv":
+        return ConvStem(c.dim, c.stem_blocks)
+    if c.patch_embed == "patch":
+        return PatchStem(c.dim, c.patch)
+    return DinoV2(
+        DinoConfig(
+            dim=c.dim,
+            depth=c.encoder_layers,
+            heads=c.heads,
+            registers=c.registers,
+            patch=c.patch,
+            position_grid=c.position_grid,
+            antialias=True,
+            offset=0.0,
+        )
+    )

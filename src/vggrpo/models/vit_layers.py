@@ -70,12 +70,12 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers with GELU."""
+    """Two linear layers with GELU, `ratio * dim` wide between them."""
 
-    def __init__(self, dim: int, ratio: float = 4.0) -> None:
+    def __init__(self, dim: int, ratio: float = 4.0, out: int | None = None) -> None:
         super().__init__()
         self.fc1 = nn.Linear(dim, int(ratio * dim))
-        self.fc2 = nn.Linear(int(ratio * dim), dim)
+        self.fc2 = nn.Linear(int(ratio * dim), out or dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x)))
