@@ -152,6 +152,16 @@ def test_what_comes_out_follows_our_conventions() -> None:
     assert (prediction.dynamic_mask | unknown_or_still).all()
 
 
+def test_half_precision_in_the_trunk_leaves_the_heads_in_full() -> None:
+    model, frames = tiny(), clip()
+    whole = model(frames)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = model(frames)
+    for field in ("cam2world", "intrinsics", "depth", "points", "conf"):
+        assert getattr(half, field).dtype == torch.float32
+    assert 1e-6 < ((half.depth - whole.depth).abs() / whole.depth).median() < 0.1
+
+
 def test_an_lgm_around_it_loads_again_and_its_gradient_reaches_the_latents(tmp_path: Path) -> None:
     model = tiny()
     model.save_pretrained(tmp_path / "geometry")
