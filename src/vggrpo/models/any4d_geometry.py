@@ -101,6 +101,7 @@ def motion_on_each_view(
 
     Returns:
         Flow in the unit of the depth: zero in the last view, where nothing moves and where it is unknown; and the mask.
+        The flow's gradient is that of the flow without the threshold.
     """
     flow = torch.cat([torch.zeros_like(flow[:, :1]), flow[:, 1:]], 1).flatten(2, 3)  # (B, S, N, 3)
     start = prediction.points[:, 0].detach().flatten(1, 2)  # (B, N, 3)
@@ -108,7 +109,9 @@ def motion_on_each_view(
     moves = flow.detach().norm(dim=-1).amax(1) > motion_threshold * scale[:, None]  # (B, N)
     known = (prediction.conf[:, 0] > 0).flatten(1)
     views = flow.shape[1]
-    step = torch.cat([flow[:, 1:] - flow[:, :-1], torch.zeros_like(flow[:, :1])], 1) * moves[:, None, :, None]
+    step = torch.cat([flow[:, 1:] - flow[:, :-1], torch.zeros_like(flow[:, :1])], 1)
+    # Gradients pass what the threshold stops: a student whose flow is still too small could not learn it otherwise.
+    step = step - (step * ~moves[:, None, :, None]).detach()
     flows, masks = [], []
     for view in range(views):
         source, found = _seen_at(prediction, start + flow[:, view].detach(), known, view, hidden_tolerance)
