@@ -58,6 +58,7 @@ class EvaluationModels:
         self._sources: dict[str, Any] = {"judge": judge, "attributes": attributes, "teacher": teacher}
         self._loaded: dict[str, Any] = {}
         self._reasons: dict[str, str | None] = {}
+        self._identities: dict[str, str] = {}
         self._last: dict[str, tuple[Clip, GeometryPrediction]] = {}
         self.device = device
 
@@ -99,6 +100,11 @@ class EvaluationModels:
 
     def identity(self, name: str) -> str:
         """Which weights or which version a need stands for, for the record: numbers of two of them are never mixed."""
+        if name not in self._identities:
+            self._identities[name] = self._identify(name)
+        return self._identities[name]
+
+    def _identify(self, name: str) -> str:
         if name in PACKAGES:
             module, package = PACKAGES[name]
             there = importlib.util.find_spec(module) is not None

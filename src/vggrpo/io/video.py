@@ -6,6 +6,9 @@ file. Reading undoes nothing: the caller sees what the file holds.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import av
 import av.error
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 
 from vggrpo.errors import UserError
 from vggrpo.io.atomic import atomic_path
@@ -81,45 +84,99 @@ def write_video(path: Path | str, video: Tensor | np.ndarray, fps: float, *, crf
     return Path(path)
 
 
+@dataclass(frozen=True)
+class DecodedVideo:
+    """Frames (T, H, W, 3) uint8, the average rate in frames per second, and each frame's time (T,) in seconds."""
+
+    frames: UInt8[np.ndarray, "T H W 3"]
+    fps: float
+    times: Float[np.ndarray, " T"]
+
+
 def read_video(path: Path | str, max_frames: int | None = None) -> tuple[UInt8[np.ndarray, "T H W 3"], float]:
+    """Frames and average frame rate of a video file; see `decode_video`."""
+    video = decode_video(path, max_frames)
+    return video.frames, video.fps
+
+
+def frame_rate(path: Path | str) -> float:
+    """Average frame rate that a video file states, without decoding it.
+
+    Raises:
+        UserError: as `decode_video`.
+    """
+    file = Path(path)
+    with _opened(file) as (_, stream):
+        return _rate(file, stream)
+
+
+def decode_video(
+    path: Path | str,
+    max_frames: int | None = None,
+    most_lines: Callable[[int, int, int], int | None] | None = None,
+) -> DecodedVideo:
     """Decode a video file.
 
     Args:
         path: any file with a video stream; alpha is dropped, all else is converted to RGB.
         max_frames: stop after this many frames (memory of a long clip: T * H * W * 3 bytes).
-
-    Returns:
-        Frames (T, H, W, 3) uint8 and the average frame rate in frames per second.
+        most_lines: given the number of frames that the file states (0: unknown), height and width, the short side to
+            scale frames down to while they are decoded, or None to leave them.
 
     Raises:
         UserError: when the file is missing, has no video stream, is truncated or corrupt, or holds no frame.
     """
     file = Path(path)
+    frames: list[np.ndarray] = []
+    times: list[float] = []
+    with _opened(file) as (container, stream):
+        rate = _rate(file, stream)
+        size = _scaled(stream, most_lines)
+        packets = 0
+        for packet in container.demux(stream):
+            packets += packet.size > 0
+            for frame in packet.decode():
+                times.append(len(times) / rate if frame.time is None else float(frame.time))
+                frames.append(frame.to_ndarray(format="rgb24", **size))
+            if max_frames is not None and len(frames) >= max_frames:
+                break
+        else:
+            # Packets, not frames: an edit list may hide frames of a sound file. Some files announce no count (0).
+            if packets < stream.frames:
+                raise UserError(f"video {file} is truncated: {packets} of {stream.frames} packets are there")
+    if not frames:
+        raise UserError(f"video {file} holds no frame")
+    if len({frame.shape for frame in frames}) > 1:
+        raise UserError(f"video {file} changes its resolution within the stream; re-encode it at one size")
+    return DecodedVideo(np.stack(frames[:max_frames]), rate, np.array(times[:max_frames]))
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[tuple[Any, Any]]:
+    """The container and its video stream; what goes wrong while they are read is a `UserError`."""
     if not file.is_file():
         raise UserError(f"video {file} does not exist or is not a file")
     try:
         with av.open(str(file)) as container:
             if not container.streams.video:
                 raise UserError(f"{file} holds no video stream")
-            stream = container.streams.video[0]
-            rate = stream.average_rate or stream.guessed_rate
-            frames: list[np.ndarray] = []
-            packets = 0
-            for packet in container.demux(stream):
-                packets += packet.size > 0
-                frames.extend(frame.to_ndarray(format="rgb24") for frame in packet.decode())
-                if max_frames is not None and len(frames) >= max_frames:
-                    break
-            else:
-                # Packets, not frames: an edit list may hide frames of a sound file. Some files announce no count (0).
-                if packets < stream.frames:
-                    raise UserError(f"video {file} is truncated: {packets} of {stream.frames} packets are there")
+            yield container, container.streams.video[0]
     except (av.error.FFmpegError, EOFError) as error:
         raise UserError(f"video {file} cannot be decoded ({error}); it may be truncated or no video") from error
-    if not frames:
-        raise UserError(f"video {file} holds no frame")
-    if len({frame.shape for frame in frames}) > 1:
-        raise UserError(f"video {file} changes its resolution within the stream; re-encode it at one size")
+
+
+def _rate(file: Path, stream: Any) -> float:
+    rate = stream.average_rate or stream.guessed_rate
     if not rate:
         raise UserError(f"video {file} states no frame rate; re-encode it with one")
-    return np.stack(frames[:max_frames]), float(rate)
+    return float(rate)
+
+
+def _scaled(stream: Any, most_lines: Callable[[int, int, int], int | None] | None) -> dict[str, Any]:
+    """Options that make a frame smaller while it is converted; none when it is small enough."""
+    height, width = stream.codec_context.height, stream.codec_context.width
+    lines = most_lines(stream.frames, height, width) if most_lines is not None and min(height, width) > 0 else None
+    if lines is None or lines >= min(height, width):
+        return {}
+    scale = lines / min(height, width)
+    return {"width": round(width * scale), "height": round(height * scale), "interpolation": "AREA"}
