@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from vggrpo import assets
 from vggrpo.errors import UserError
 from vggrpo.lgm import LatentGeometryModel
+from vggrpo.lgm.model import geometry_licence
 from vggrpo.models import GeometryModel, load_geometry_model
 from vggrpo.models.attributes import AttributeClassifier
 from vggrpo.models.licences import WEIGHTS, licence_of
@@ -99,7 +100,20 @@ def test_the_licence_is_said_before_the_hub_is_asked(monkeypatch, caplog: pytest
 def test_every_kind_has_a_licence_and_none_is_empty() -> None:
     assert all(weights.licence for weights in WEIGHTS)
     assert licence_of("depth-anything/DA3-SMALL", "depth_anything_3") == "Apache-2.0"
-    assert "VGGT-1B-Commercial" in licence_of("/data/weights", "vggt")
+    assert "VGGT-1B-Commercial" in licence_of("/data/weights", "vggt") and "/data/weights" in licence_of(
+        "/data/weights", "x"
+    )
+    assert (
+        licence_of("embedded", "vggt") == licence_of(assets.path("judge"), "vggt") == "Apache-2.0, shipped with vggrpo"
+    )
+
+
+def test_the_licence_behind_an_lgm_is_read_off_its_config(tmp_path: Path) -> None:
+    assert geometry_licence(assets.path("lgm")).startswith("Apache-2.0")
+    values = json.loads((assets.path("lgm") / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(values | {"geometry": "facebook/VGGT-1B"}))
+    assert "non-commercial" in geometry_licence(tmp_path)
+    assert "unknown" in geometry_licence(tmp_path / "nowhere")
 
 
 def test_the_other_two_say_it_the_same_way(tmp_path: Path) -> None:

@@ -276,5 +276,7 @@ def test_the_lora_has_a_model_card(tiny_wan_dir, tmp_path):
     front = yaml.safe_load(card.split("---")[1])
     assert front["base_model"] == str(tiny_wan_dir) and "lora" in front["tags"]
     assert "2 of 2 updates" in card and "`geometry_reprojection_consistency`, weight 1" in card
+    assert "- geometry model behind the rewards: Apache-2.0, shipped" in card
+    assert f"- base pipeline: as the publisher of {tiny_wan_dir} states" in card
     reward = rows(tmp_path / "run")[-1]["reward/camera_motion_smoothness"]
     assert f"| reward/camera_motion_smoothness | {reward:.5g} |" in card

@@ -22,6 +22,7 @@ from vggrpo.errors import UserError
 from vggrpo.geometry import GeometryPrediction
 from vggrpo.lgm.connector import Connector, ViewRate, at_view_rate
 from vggrpo.models.base import GeometryModel
+from vggrpo.models.licences import licence_of
 from vggrpo.models.loading import load_geometry_model
 from vggrpo.models.pretrained import (
     fill,
@@ -170,3 +171,13 @@ class LatentGeometryModel(nn.Module):
             )
         if not torch.isfinite(latents).all():
             raise UserError("latents hold NaN or infinity; check the sampler or the file that they come from")
+
+
+def geometry_licence(directory: str | Path) -> str:
+    """Licence of the geometry weights behind the LGM in `directory`, read off its config; nothing is loaded."""
+    try:
+        values = read_config(Path(directory))
+        beside, kind = Path(directory) / values["geometry"], values.get("backend", "vggt")
+        return licence_of(beside.resolve() if beside.exists() else values["geometry"], kind)
+    except (OSError, ValueError, KeyError):
+        return f"unknown: no config of an LGM in {directory}"

@@ -5,6 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from vggrpo import assets
+from vggrpo.config import EMBEDDED
+
+_SHIPPED = Path(assets.__file__).resolve().parent
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -38,17 +43,22 @@ WEIGHTS = (
 
 # What is known of weights that lie in a folder of any name, by the kind of network.
 _BY_KIND = {
+    "wan": "Wan2.1 and Wan2.2 are Apache-2.0",
     "vggt": "VGGT-1B is CC BY-NC 4.0 (non-commercial), VGGT-1B-Commercial has Meta's VGGT licence",
-    "any4d": "not stated: ask the authors of Any4D",
-    "depth_anything_3": "small and base are Apache-2.0, large and giant CC BY-NC 4.0 (non-commercial)",
+    "any4d": "Any4D's is not stated: ask its authors",
+    "depth_anything_3": "Depth Anything 3 small and base are Apache-2.0, large and giant CC BY-NC 4.0 (non-commercial)",
 }
 
 
 def licence_of(source: str | Path, kind: str) -> str:
-    """Licence of geometry weights: by their hub id, else what is known of public weights of that kind.
+    """Licence of weights: by their hub id, else what is known of public weights of that kind.
 
     Args:
-        kind: a geometry model's `model_type`.
+        source: hub id, a directory or file, or "embedded".
+        kind: a geometry model's `model_type`, or "wan".
     """
+    if str(source) == EMBEDDED or _SHIPPED in Path(source).resolve().parents:
+        return "Apache-2.0, shipped with vggrpo"
     known = {weights.repository.lower(): weights.licence for weights in WEIGHTS}
-    return known.get(str(source).lower(), f"as its publisher states; {_BY_KIND.get(kind, 'nothing more is known')}")
+    public = f" (public weights of this kind: {_BY_KIND[kind]})" if kind in _BY_KIND else ""
+    return known.get(str(source).lower(), f"as the publisher of {source} states{public}")

@@ -14,7 +14,7 @@ from vggrpo import assets
 from vggrpo.config import EMBEDDED
 from vggrpo.errors import UserError
 from vggrpo.models.base import GeometryModel
-from vggrpo.models.licences import WEIGHTS, licence_of
+from vggrpo.models.licences import licence_of
 from vggrpo.models.pretrained import read_config, read_weights, reading
 from vggrpo.models.wan import WanVideoModel
 
@@ -83,7 +83,8 @@ def load_geometry_model(source: str | Path) -> GeometryModel:
 def _recognised(state: dict[str, Tensor], source: str | Path) -> str:
     for kind, (_, _, telltale) in _BACKENDS.items():
         if telltale in state:
-            logger.warning("%s: weights of %s, licence: %s", source, kind, licence_of(source, kind))
+            if Path(source).exists():  # of what comes from the hub it was said before
+                logger.warning("%s holds weights of %s; licence: %s", source, kind, licence_of(source, kind))
             return kind
     names = ", ".join(list(state)[:3])
     raise UserError(
@@ -100,8 +101,7 @@ def _local(source: str | Path) -> Path:
         return Path(source)
     from huggingface_hub import snapshot_download
 
-    licence = next((weights.licence for weights in WEIGHTS if weights.repository == str(source)), "see its model card")
-    logger.warning("weights of %s, licence: %s", source, licence)
+    logger.warning("weights of %s; licence: %s", source, licence_of(source, "unknown"))
     try:
         return Path(snapshot_download(str(source), allow_patterns=_FILES))
     except Exception as error:  # the hub's client has a dozen kinds of its own, httpx and requests more

@@ -7,8 +7,10 @@ from typing import Any
 
 import yaml
 
-from vggrpo import __version__
+from vggrpo import __version__, assets
 from vggrpo.config import EMBEDDED, TrainConfig, dump_config
+from vggrpo.lgm.model import geometry_licence
+from vggrpo.models.licences import licence_of
 
 _SHOWN = ("reward/", "kl", "ratio", "clip_fraction", "camera_travel", "dynamic_share")
 
@@ -24,6 +26,7 @@ def lora_card(config: TrainConfig, updates: int, last: Mapping[str, Any]) -> str
     front = {"library_name": "diffusers", "tags": ["lora", "text-to-video", "vggrpo", config.algorithm]}
     if config.model.path != EMBEDDED:
         front["base_model"] = config.model.path
+    lgm = assets.path("lgm") if config.lgm.path == EMBEDDED else config.lgm.path
     rewards = "\n".join(f"- `{name}`, weight {term.weight:g}" for name, term in config.rewards.items())
     numbers = "\n".join(
         f"| {name} | {value:.5g} |"
@@ -49,6 +52,11 @@ pipe.load_lora_weights("this directory")
 ```
 
 or `vggrpo generate --pipeline BASE --lora THIS_DIRECTORY --prompts FILE --output DIR`.
+
+## Licences of what it was made with
+
+- base pipeline: {licence_of(config.model.path, "wan")}
+- geometry model behind the rewards: {geometry_licence(lgm)}
 
 ## Last update
 

@@ -28,7 +28,7 @@ from vggrpo.io.atomic import atomic_write, atomic_write_json, ensure_directory
 from vggrpo.lgm.cache import CachedClips, CacheSettings, build_cache
 from vggrpo.lgm.clips import Clip, Source, video_sources
 from vggrpo.lgm.connector import at_view_rate
-from vggrpo.lgm.model import LGMConfig
+from vggrpo.lgm.model import LGMConfig, geometry_licence
 from vggrpo.lgm.ranking import rank_downstream, write_search
 from vggrpo.lgm.search import Pair, StitchFit, load_fit, save_fit, search_layers
 from vggrpo.lgm.training import Material, distill, stitched
@@ -71,7 +71,12 @@ def train_lgm(config: TrainLGMConfig, *, search_only: bool = False, progress: bo
     errors = distill(config, model, material, processes=processes, progress=progress)
     if processes.is_main:
         model.save_pretrained(output / "lgm")
-        card = {"heldout_errors_against_teacher": errors, "updates": config.updates, "clips": len(material.train)}
+        card = {
+            "heldout_errors_against_teacher": errors,
+            "updates": config.updates,
+            "clips": len(material.train),
+            "geometry_licence": geometry_licence(output / "lgm"),
+        }
         atomic_write_json(output / "lgm" / "card.json", card)
     processes.barrier()
     return output / "lgm"
