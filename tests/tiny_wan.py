@@ -30,9 +30,11 @@ def save_tiny_wan(
     solver: str = "euler",
     expand_timesteps: bool = False,
     width: int = 24,
+    ti2v: bool = False,
 ) -> Path:
-    """Save a random pipeline (4 latent channels, /8 in space, /4 in time, 2 blocks) and return its
-    directory."""
+    """Save a random pipeline (4 latent channels, /8 in space, /4 in time, 2 blocks) and return its directory.
+
+    `ti2v`: of Wan2.2-TI2V's kind: /16 in space by a VAE that works on 2x2 patches, and a timestep per token."""
     from diffusers import (
         AutoencoderKLWan,
         FlowMatchEulerDiscreteScheduler,
@@ -54,7 +56,9 @@ def save_tiny_wan(
         num_res_blocks=1,
         latents_mean=[0.1 * i for i in range(channels)],
         latents_std=[1.0 + 0.2 * i for i in range(channels)],
-    )
+        **({"patch_size": 2, "in_channels": 12, "out_channels": 12, "is_residual": True, "scale_factor_spatial": 16,
+            "decoder_base_dim": 4} if ti2v else {}),
+    )  # fmt: skip
     transformer = WanTransformer3DModel(
         num_attention_heads=2,
         attention_head_dim=width // 2,
@@ -77,6 +81,6 @@ def save_tiny_wan(
         vae=vae,
         scheduler=scheduler,
         transformer=transformer,
-        expand_timesteps=expand_timesteps,
+        expand_timesteps=expand_timesteps or ti2v,
     ).save_pretrained(str(directory))
     return directory

@@ -20,7 +20,14 @@ from vggrpo.errors import UserError
 
 EMBEDDED = "embedded"
 ALGORITHMS = ("grpo",)  # those of `vggrpo.posttraining.algorithm` that this version has
-RESUMABLE = frozenset({"output", "updates", "save_every", "keep_last", "model.device"})
+RESUMABLE = frozenset(
+    {
+        "output", "updates", "save_every", "keep_last", "trackers", "data.cache", "model.device", "model.shard",
+        # These change rounding at most, and are what a run that ran out of memory needs.
+        "model.gradient_checkpointing", "model.compile", "sampling.micro_batch", "sampling.offload",
+        "grpo.micro_batch", "lgm.micro_batch",
+    }
+)  # fmt: skip
 
 
 class _Section(BaseModel):
@@ -39,11 +46,17 @@ class ModelConfig(_Section):
     path: str = EMBEDDED
     """Directory or hub id of a diffusers WanPipeline; "embedded" is the shipped one."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Number format of the transformer's weights; latents, velocities and the LoRA stay float32."""
+    """Number format of the transformer; latents, velocities and whatever is trained stay float32."""
     device: str = "auto"
     """"auto" (CUDA if there is one), "cpu", "cuda", "cuda:1"; each process of several takes its own."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: about 30 % slower, a fraction of the memory."""
+    tune: Literal["lora", "full"] = "lora"
+    """Train an adapter, or every weight of the transformer (20 bytes of memory a parameter, gradients included)."""
+    compile: bool = False
+    """Compile the transformer's blocks (torch.compile): minutes at the start, faster afterwards."""
+    shard: bool = False
+    """Split the weights over the processes (FSDP2): for models that do not fit one GPU."""
 
 
 class LGMConfig(_Section):
@@ -68,6 +81,11 @@ class DataConfig(_Section):
     """Pixels."""
     width: int = Field(default=64, ge=8)
     """Pixels."""
+    first_frames: str | None = None
+    """Text file with one image a line, line n for prompt n, that videos start from (Wan2.2-TI2V); null: text to video.
+    """
+    cache: str | None = None
+    """Directory of text embeddings and first frames' latents, may be shared by runs; null: OUTPUT/cache."""
 
 
 class SamplingConfig(_Section):
@@ -123,6 +141,8 @@ class GRPOConfig(_Section):
     """Videos per group, K (paper: 64)."""
     clip: float = Field(default=1e-3, gt=0, lt=1)
     """Bound e of the ratio: 1 - e to 1 + e."""
+    ratio_norm: bool = False
+    """Normalise the log-ratio by step, so that the clip means the same at all noise levels (GRPO-Guard)."""
     advantage_clip: float | None = Field(default=5.0, gt=0)
     """Bound on |A|; null = none."""
     kl: float = Field(default=0.004, ge=0)
@@ -146,6 +166,9 @@ class GRPOConfig(_Section):
     """A sample whose reward cannot be computed gets its group's worst advantage, or is left out."""
     base_travel_samples: int = Field(default=2, ge=0)
     """Roll-outs of the base model per prompt that measure its own camera travel, once per prompt; 0 = off."""
+    collapse_warning: float = Field(default=0.5, ge=0, le=1)
+    """Warn when the mean camera travel or the share of moving pixels over 10 updates falls under this share of the base
+    model's; needs base_travel_samples; 0 = never."""
     micro_batch: int = Field(default=32, ge=1)
     """Replayed steps (videos x trained steps) per network call with gradient."""
 
@@ -176,6 +199,26 @@ class OptimConfig(_Section):
     """Decay of the second moment."""
     grad_clip: float = Field(default=1.0, gt=0)
     """Bound on the gradient's norm."""
+    ema: float | None = Field(default=None, gt=0, lt=1)
+    """Decay per optimizer step of a moving average of the weights, which is then validated and exported; null = none.
+    """
+
+
+class ValidationConfig(_Section):
+    """Videos of fixed prompts and seeds while training goes on."""
+
+    every: int = Field(default=0, ge=0)
+    """Updates between validations, the first one before any update; 0 = none."""
+    prompts: str | None = None
+    """Text file with one prompt a line; null: unseen captions of the embedded world."""
+    num_prompts: int = Field(default=4, ge=1)
+    """At most so many prompts."""
+    num_steps: int = Field(default=50, ge=1)
+    """Denoising steps of the pipeline's own deterministic solver."""
+    guidance_scale: float = Field(default=1.0, ge=1)
+    """Classifier-free guidance, 1 = none."""
+    videos: int = Field(default=4, ge=0)
+    """How many of them are decoded and shown; the rewards are measured on all."""
 
 
 def _default_rewards() -> dict[str, RewardTerm]:
@@ -213,6 +256,10 @@ class TrainConfig(_Section):
     """The adapter."""
     optim: OptimConfig = Field(default_factory=OptimConfig)
     """The optimizer."""
+    validation: ValidationConfig = Field(default_factory=ValidationConfig)
+    """Fixed videos to look at."""
+    trackers: list[Literal["wandb", "trackio"]] = Field(default_factory=list)
+    """Where metrics go beside log.jsonl and TensorBoard; each needs its package (`pip install vggrpo[wandb]`)."""
 
     @field_validator("rewards", mode="before")
     @classmethod
@@ -242,6 +289,12 @@ class TrainConfig(_Section):
             raise ValueError(
                 "grpo.kl_unit diffusion has no meaning for sampling.variant cps; set grpo.kl_unit: gaussian"
             )
+        if self.validation.every and self.validation.prompts is None and self.data.prompts != EMBEDDED:
+            raise ValueError("validation.every is set but validation.prompts is not; name a text file with prompts")
+        if self.validation.every and self.data.first_frames is not None:
+            raise ValueError("validation.every does not know data.first_frames; set validation.every: 0")
+        if grpo.ratio_norm and sampling.variant == "cps":
+            raise ValueError("grpo.ratio_norm needs a Gaussian step; set a sampling.variant other than cps")
         if not any(term.weight > 0 for term in self.rewards.values()):
             raise ValueError("all weights in rewards are 0; give at least one reward a positive weight")
         if "camera_motion_hinge" in self.rewards and grpo.base_travel_samples == 0:

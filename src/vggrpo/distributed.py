@@ -1,23 +1,27 @@
 """What several processes need to agree on: who they are, all their rewards, and the sum of their gradients.
 
 Data parallel without a wrapper: each process rolls out its share of the samples, group statistics are computed from the
-gathered rewards
-(so they do not depend on the split), each scales its loss by the **global** number of transitions, and gradients are
-summed. One process
-needs none of it and every function is then the identity.
+gathered rewards (so they do not depend on the split), each scales its loss by the **global** number of transitions, and
+gradients are summed. One process needs none of it and every function is then the identity. A process that dies ends all
+others with one line.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from vggrpo.errors import UserError
+
+BUCKET = 1 << 26
+"""Gradient values that are summed in one message."""
 
 
 @dataclass(frozen=True)
@@ -35,63 +39,111 @@ class Processes:
     local_rank: int = 0
 
     @classmethod
-    def join(cls) -> Processes:
-        """Join the job that torchrun or accelerate announced in the environment, or be alone."""
+    def join(cls, timeout_minutes: float = 30.0) -> Processes:
+        """Join the job that torchrun or accelerate announced in the environment, or be alone.
+
+        Args:
+            timeout_minutes: how long a process waits for another one before the job ends with an error.
+        """
         size = int(os.environ.get("WORLD_SIZE", "1"))
         if size == 1:
             return cls()
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         if not torch.distributed.is_initialized():
-            torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-        return cls(torch.distributed.get_rank(), size, int(os.environ.get("LOCAL_RANK", "0")))
+            if torch.cuda.is_available():
+                torch.cuda.set_device(local_rank)
+            backend = "nccl" if torch.cuda.is_available() else "gloo"
+            with _together():
+                torch.distributed.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+        return cls(torch.distributed.get_rank(), size, local_rank)
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
     def share(self, count: int) -> slice:
-        """This process's contiguous part of `count` samples.
+        """This process's contiguous part of `count` samples; the first ones take one more where it does not divide.
 
         Raises:
-            UserError: when they cannot be shared equally.
+            UserError: when a process would have none.
         """
-        if count % self.size:
+        if count < self.size:
             raise UserError(
-                f"{count} samples per update cannot be shared by {self.size} processes; "
-                f"make grpo.prompts_per_update x grpo.samples_per_prompt a multiple of {self.size}"
+                f"{count} samples per update cannot be shared by {self.size} processes; raise "
+                f"grpo.prompts_per_update or grpo.samples_per_prompt, or start {count} processes"
             )
-        part = count // self.size
-        return slice(self.rank * part, (self.rank + 1) * part)
+        part, more = divmod(count, self.size)
+        start = self.rank * part + min(self.rank, more)
+        return slice(start, start + part + (self.rank < more))
 
     def gather(self, values: Tensor) -> Tensor:
-        """Concatenate the last dimension over all processes, in their order."""
+        """Concatenate the last dimension over all processes, in their order; each may bring another length."""
         if self.size == 1:
             return values
         moved = values.movedim(-1, 0).contiguous()
-        parts = [torch.empty_like(moved) for _ in range(self.size)]
-        torch.distributed.all_gather(parts, moved)
-        return torch.cat(parts).movedim(0, -1)
+        with _together():
+            length = torch.tensor([len(moved)], device=moved.device)
+            lengths = [torch.empty_like(length) for _ in range(self.size)]
+            torch.distributed.all_gather(lengths, length)
+            longest = int(torch.stack(lengths).max())
+            padded = torch.cat([moved, moved.new_zeros(longest - len(moved), *moved.shape[1:])])
+            parts = [torch.empty_like(padded) for _ in range(self.size)]
+            torch.distributed.all_gather(parts, padded)
+        return torch.cat([part[: int(n)] for part, n in zip(parts, lengths, strict=True)]).movedim(0, -1)
 
     def sum(self, values: Float[Tensor, ...]) -> Float[Tensor, ...]:
         """Sum over all processes."""
         if self.size > 1:
-            torch.distributed.all_reduce(values)
+            with _together():
+                torch.distributed.all_reduce(values)
         return values
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Sum gradients over all processes in one message, so that every process takes the same optimizer step."""
+        """Sum gradients over all processes in few messages, so that every process takes the same optimizer step."""
         if self.size == 1:
             return
-        parameters = list(parameters)
-        flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in parameters])
-        torch.distributed.all_reduce(flat)
-        for parameter, gradient in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-            parameter.grad = gradient.view_as(parameter).clone()
+        for bucket in _buckets(parameters):
+            flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in bucket])
+            self.sum(flat)
+            for parameter, gradient in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
+                parameter.grad = gradient.view_as(parameter).clone()
 
     def any(self, flag: bool, device: torch.device) -> bool:
         """True on all processes if it is on one."""
         return bool(self.sum(torch.tensor(float(flag), device=device)) > 0) if self.size > 1 else flag
 
+    def largest(self, number: int, device: torch.device) -> int:
+        """The largest of all processes' numbers."""
+        if self.size == 1:
+            return number
+        return int(self.gather(torch.tensor([number], device=device)).max())
+
     def barrier(self) -> None:
         """Wait for all."""
         if self.size > 1:
-            torch.distributed.barrier()
+            with _together():
+                torch.distributed.barrier()
+
+
+def _buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    bucket: list[nn.Parameter] = []
+    for parameter in parameters:
+        if bucket and sum(p.numel() for p in bucket) + parameter.numel() > BUCKET:
+            yield bucket
+            bucket = []
+        bucket.append(parameter)
+    if bucket:
+        yield bucket
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """Communication fails when another process is gone; the user is told so."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.distributed's errors are RuntimeErrors
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        raise UserError(
+            f"lost contact with another process ({reason}); see its own message, and run again to go on from the "
+            "last checkpoint"
+        ) from error

@@ -21,6 +21,12 @@ def add_parser(subparsers: Subparsers) -> None:
         ),
     )
     parser.add_argument("--prompts", type=Path, required=True, help="UTF-8 text file, one prompt a line")
+    parser.add_argument(
+        "--first-frames",
+        type=Path,
+        metavar="FILE",
+        help="text file with one image a line, line n for prompt n: the videos start from them (Wan2.2-TI2V)",
+    )
     parser.add_argument("--output", type=Path, required=True, help="directory for the videos and manifest.jsonl")
     parser.add_argument("--pipeline", default="embedded", help="a diffusers Wan directory (default: %(default)s)")
     parser.add_argument("--lora", type=Path, help="a LoRA directory or file, such as OUTPUT/lora of a training run")
@@ -84,6 +90,11 @@ def run(arguments: argparse.Namespace) -> None:
     from vggrpo.io.prompts import read_prompts
 
     prompts = read_prompts(arguments.prompts)
+    first_frames = None
+    if arguments.first_frames is not None:
+        from vggrpo.io.images import read_image_list
+
+        first_frames = read_image_list(arguments.first_frames, len(prompts))
     from vggrpo.sampling.generate import generate_videos
 
     steering = None
@@ -117,5 +128,6 @@ def run(arguments: argparse.Namespace) -> None:
         device=arguments.device,
         dtype=arguments.dtype,
         steering=steering,
+        first_frames=first_frames,
     )
     print(f"videos listed in {manifest}")

@@ -77,12 +77,20 @@ class VideoModel(Protocol):
     """A latent text-to-video model under rectified flow: `x_t = (1-t) x0 + t eps`, `v = eps - x0`."""
 
     latent_spec: LatentSpec
+    frame_times: bool
+    """Whether each latent frame may have its own time, so that a given first frame can be continued."""
+    autocast: torch.dtype | None
+    """Number format of the network's arithmetic where it differs from its weights' (full fine-tuning), else None."""
     transformer: nn.Module
     """The network that predicts the velocity: what a LoRA is put on."""
 
     @property
     def device(self) -> torch.device:
         """Where the transformer lives; latents are made there."""
+        ...
+
+    def release_encoders(self, vae: bool = True) -> None:
+        """Forget the text encoder, and the VAE if asked: what they encode is cached."""
         ...
 
     def encode_prompt(self, prompts: Sequence[str]) -> Float[Tensor, "B L D"]:
@@ -98,9 +106,10 @@ class VideoModel(Protocol):
         ...
 
     def predict_velocity(
-        self, latents: Float[Tensor, "B C T1 H1 W1"], t: Float[Tensor, " B"], text: Float[Tensor, "B L D"]
+        self, latents: Float[Tensor, "B C T1 H1 W1"], t: Float[Tensor, "B ..."], text: Float[Tensor, "B L D"]
     ) -> Float[Tensor, "B C T1 H1 W1"]:
-        """Velocity in float32 at flow time `t` in [0, 1] (1 = noise), one time per sample."""
+        """Velocity in float32 at flow time `t` in [0, 1] (1 = noise): one time per sample, or (B, T') one per latent
+        frame where the model can (`frame_times`), with 0 for a given first frame."""
         ...
 
     def sigmas(self, num_steps: int, shift: float | None = None) -> Float[Tensor, " S1"]:

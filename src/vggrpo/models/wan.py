@@ -53,7 +53,8 @@ class WanVideoModel:
         self.text_encoder = text_encoder
         self.tokenizer = tokenizer
         self.latent_spec = latent_spec
-        self.expand_timesteps = expand_timesteps
+        self.frame_times = expand_timesteps
+        self.autocast: torch.dtype | None = None
         for module in (transformer, vae, text_encoder):
             if module is not None:
                 module.eval().requires_grad_(False)
@@ -89,7 +90,10 @@ class WanVideoModel:
         index = _read_index(path)
         transformer = _load(WanTransformer3DModel, path, "transformer", torch_dtype=dtype)
         if transformer.config.in_channels != transformer.config.out_channels:
-            raise UserError(f"{path} is an image-to-video pipeline; use a text-to-video one such as Wan2.1-T2V-1.3B")
+            raise UserError(
+                f"{path} is an image-to-video pipeline with extra input channels; use a text-to-video one such as "
+                "Wan2.1-T2V-1.3B, or Wan2.2-TI2V-5B, which continues a first frame without them"
+            )
         euler = "FlowMatchEuler" in str(index.get("scheduler"))
         vae_config = _load_config(AutoencoderKLWan, path, "vae")
         spec = LatentSpec(
@@ -116,6 +120,12 @@ class WanVideoModel:
     @property
     def device(self) -> torch.device:
         return next(self.transformer.parameters()).device
+
+    def release_encoders(self, vae: bool = True) -> None:
+        """Forget the text encoder, and the VAE if asked: everything is encoded and cached."""
+        self.text_encoder = self.tokenizer = None
+        if vae:
+            self.vae = None
 
     def encode_prompt(self, prompts: Sequence[str]) -> Float[Tensor, "B L D"]:
         """Text embeddings (B, 512, D): cleaned, cut at 512 tokens, zero after the end, as `WanPipeline` makes them."""
@@ -158,24 +168,40 @@ class WanVideoModel:
         return (video / 2 + 0.5).clamp(0, 1)
 
     def predict_velocity(
-        self, latents: Float[Tensor, "B C T1 H1 W1"], t: Float[Tensor, " B"], text: Float[Tensor, "B L D"]
+        self, latents: Float[Tensor, "B C T1 H1 W1"], t: Float[Tensor, "B ..."], text: Float[Tensor, "B L D"]
     ) -> Float[Tensor, "B C T1 H1 W1"]:
-        """Velocity `eps - x0` in float32; `t` in [0, 1], one per sample (or one for all)."""
+        """Velocity `eps - x0` in float32; `t` in [0, 1]: one per sample, one for all, or (B, T') one per latent frame.
+
+        Raises:
+            UserError: for times per frame where the pipeline has no timestep per token.
+        """
         dtype = self.transformer.dtype
-        timestep = (t.to(latents.device, torch.float32) * NUM_TRAIN_TIMESTEPS).expand(latents.shape[0])
-        if self.expand_timesteps:
-            # Wan2.2-TI2V takes a timestep per token; for text-to-video all tokens share it.
-            patch_t, patch_h, patch_w = self.latent_spec.patch_size
-            frames, height, width = latents.shape[-3:]
-            tokens = (frames // patch_t) * (height // patch_h) * (width // patch_w)
-            timestep = timestep[:, None].expand(-1, tokens)
-        velocity = self.transformer(
-            hidden_states=latents.to(dtype),
-            timestep=timestep,
-            encoder_hidden_states=self._text_attention.merge(text).to(dtype),
-            return_dict=False,
-        )[0]
+        with torch.autocast(latents.device.type, self.autocast, enabled=self.autocast is not None):
+            velocity = self.transformer(
+                hidden_states=latents.to(dtype),
+                timestep=self._timesteps(latents, t),
+                encoder_hidden_states=self._text_attention.merge(text).to(dtype),
+                return_dict=False,
+            )[0]
         return velocity.float()
+
+    def _timesteps(self, latents: Tensor, t: Tensor) -> Float[Tensor, "B ..."]:
+        """`1000 t`: one per sample, or one per token for a pipeline that takes them so (Wan2.2-TI2V)."""
+        batch = len(latents)
+        frames, height, width = latents.shape[-3:]
+        timestep = t.to(latents.device, torch.float32) * NUM_TRAIN_TIMESTEPS
+        if not self.frame_times:
+            if timestep.ndim == 2:
+                raise UserError(
+                    "this pipeline has one timestep for all frames and cannot continue a first frame; "
+                    "use Wan2.2-TI2V-5B"
+                )
+            return timestep.expand(batch)
+        patch_t, patch_h, patch_w = self.latent_spec.patch_size
+        if timestep.ndim < 2:
+            timestep = timestep.expand(batch)[:, None].expand(-1, frames)
+        tokens_per_frame = (height // patch_h) * (width // patch_w)
+        return timestep[:, ::patch_t].repeat_interleave(tokens_per_frame, dim=1)
 
     def sigmas(self, num_steps: int, shift: float | None = None) -> Float[Tensor, " S1"]:
         """Flow times `shift u / (1 + (shift - 1) u)` for u = 1 ... 0, (num_steps + 1,), on the CPU in float32."""
@@ -221,7 +247,8 @@ def _read_index(path: str | Path) -> dict[str, Any]:
     second = index.get("transformer_2")
     if index.get("boundary_ratio") is not None or (second and second[0] is not None):
         raise UserError(
-            f"{path} has two experts (transformer_2), which is not supported; use Wan2.1-T2V or Wan2.2-TI2V-5B"
+            f"{path} has two experts (transformer_2, as Wan2.2-A14B), which is not supported: one LoRA cannot serve "
+            "both; use Wan2.1-T2V or Wan2.2-TI2V-5B"
         )
     return dict(index)
 

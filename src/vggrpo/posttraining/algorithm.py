@@ -8,12 +8,14 @@
         def load_state(self, state): ...                # called once, before the first update of a resumed run
 
 The trainer does the rest: config, processes, resume, signals, log, checkpoints, validation, export. In `update`, an
-algorithm calls the network through `context.model.predict_velocity`, gets the model that it started from inside `with
+algorithm calls the network through `context.model.predict_velocity` with `context.conditions.text(prompts, device)`
+(text encoder and VAE may be gone), gets the model that it started from inside `with
 context.policy.reference():`, accumulates gradients with `(loss / N).backward()`, N counting the samples of **all**
 processes, and ends each optimizer step with `norm = context.policy.step(number, loss=...)`, which sums the gradients
 over the processes, clips them, refuses non-finite ones, warms up and steps. All of an update's randomness must come
 from `derive_seed(config.seed, name, number, ...)`, so that a resumed run is the run that was not interrupted; all
-processes must make the same number of `step` calls and share work by `context.processes.share`.
+processes must make the same number of `step` calls (with `model.shard` also of network calls, see `policy.sharded`)
+and share work by `context.processes.share`.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from typing import Any, ClassVar, Protocol
 from vggrpo.config import TrainConfig
 from vggrpo.distributed import Processes
 from vggrpo.models.base import VideoModel
+from vggrpo.posttraining.conditions import Conditions
 from vggrpo.posttraining.policy import Policy
 from vggrpo.posttraining.scoring import GeometryReader
 from vggrpo.tracking import Stopwatch
@@ -44,6 +47,7 @@ class Context:
         policy: the trainable parameters, their optimizer, and the reference.
         lgm: latents -> geometry, frozen; None where the algorithm asks for none.
         prompts: the training prompts.
+        conditions: their text embeddings and first frames.
         processes: this process among all.
     """
 
@@ -52,6 +56,7 @@ class Context:
     policy: Policy
     lgm: GeometryReader | None
     prompts: Sequence[str]
+    conditions: Conditions
     processes: Processes
 
 

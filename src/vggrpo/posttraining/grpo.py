@@ -17,12 +17,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vggrpo.config import TrainConfig
 from vggrpo.errors import UserError
 from vggrpo.posttraining.advantage import group_advantages
 from vggrpo.posttraining.algorithm import Context
-from vggrpo.posttraining.replay import Replayer, ReplayStatistics, all_transitions, inner_parts
-from vggrpo.posttraining.scoring import Scores, measure_travel, score_latents
+from vggrpo.posttraining.replay import OldPolicy, Replayer, ReplayStatistics, all_transitions, inner_parts
+from vggrpo.posttraining.scoring import Scores, measure_motion, score_latents
+from vggrpo.posttraining.watch import MotionWatch, reward_metrics
 from vggrpo.sampling.rollout import NoiseSettings, Trajectory, choose_window, rollout
 from vggrpo.sampling.seeds import derive_seed
 from vggrpo.tracking import Stopwatch
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 class GRPO:
-    """The state of a GRPO run beside adapter and optimizer: base travel by prompt, and how old log-probabilities are
+    """The state of a GRPO run beside adapter and optimizer: base motion by prompt, and how old log-probabilities are
     made."""
 
     needs_lgm: ClassVar[bool] = True
@@ -40,7 +40,7 @@ class GRPO:
         config, model = context.config, context.model
         assert context.lgm is not None
         self.config, self.model, self.lgm, self.prompts = config, model, context.lgm, list(context.prompts)
-        self.policy, self.processes = context.policy, context.processes
+        self.policy, self.processes, self.conditions = context.policy, context.processes, context.conditions
         self.shape = model.latent_spec.latent_shape(config.data.num_frames, config.data.height, config.data.width)
         self.sigmas = model.sigmas(config.sampling.num_steps, config.sampling.shift)
         sampling = config.sampling
@@ -48,22 +48,26 @@ class GRPO:
             sampling.noise_level, sampling.variant, sampling.max_t, sampling.sigma_min, sampling.sigma_max
         )
         negative = self._encode([""]) if sampling.guidance_scale != 1 else None
+        if context.conditions.has_first_frames and not model.frame_times:
+            raise UserError("data.first_frames needs a model with a time per frame; use Wan2.2-TI2V-5B")
         self.replayer = Replayer(model, self.policy, config.grpo, self.noise, sampling.guidance_scale, negative)
-        self.base_travel: dict[str, float] = {}
+        self.motion = MotionWatch(config.grpo.collapse_warning)
         self.recompute_old = False
         self.ratio_checked = False
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold of this object (JSON)."""
         return {
-            "base_travel": self.base_travel,
+            "base_motion": self.motion.base,
+            "recent_motion": self.motion.recent,
             "recompute_old": self.recompute_old,
             "ratio_checked": self.ratio_checked,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Put back what `state` gave."""
-        self.base_travel = dict(state["base_travel"])
+        self.motion.base = {prompt: (travel, share) for prompt, (travel, share) in state["base_motion"].items()}
+        self.motion.recent = state["recent_motion"]
         self.recompute_old, self.ratio_checked = state["recompute_old"], state["ratio_checked"]
 
     def update(self, number: int, watch: Stopwatch) -> dict[str, float]:
@@ -72,14 +76,14 @@ class GRPO:
         group_size = grpo.samples_per_prompt
         chosen = self._prompts_of(number)
         count = len(chosen) * group_size
-        mine = range(count)[self.processes.share(count)]
+        mine = range(count)[self._share(count)]
         prompts = [self.prompts[chosen[i // group_size]] for i in mine]
         window = self._window(number)
-        with watch.stage("base_travel"):
-            self._measure_base_travel([self.prompts[i] for i in chosen], window)
+        with watch.stage("base_motion"):
+            self._measure_base([self.prompts[i] for i in chosen], window)
         with watch.stage("rollout"):
             text = self._encode(prompts)
-            trajectory = self._rollout(number, mine, text, window)
+            trajectory = self._rollout(number, mine, prompts, text, window)
         with watch.stage("reward"):
             scores = self._score(trajectory.latents, prompts)
         group = torch.arange(count) // group_size
@@ -100,9 +104,9 @@ class GRPO:
         with watch.stage("replay"):
             statistics = self._optimize(number, trajectory, text, kept.nonzero().flatten(), advantages, mine, watch)
         watched = {name: self.processes.gather(value).cpu() for name, value in scores.watched.items()}
-        metrics = _reward_metrics(self.config, values, valid, group, watched)
-        metrics["camera_travel_base"] = _mean(
-            torch.tensor([self.base_travel.get(self.prompts[i], math.nan) for i in chosen])
+        metrics = reward_metrics(list(self.config.rewards), values, valid, group, watched)
+        metrics |= self.motion.metrics(
+            [self.prompts[i] for i in chosen], metrics["camera_travel"], metrics["dynamic_share"], number
         )
         metrics["groups/skipped"] = float((~active).sum())
         return metrics | statistics
@@ -131,20 +135,26 @@ class GRPO:
             seed=derive_seed(self.config.seed, "window", number),
         )
 
-    @torch.no_grad()
     def _encode(self, prompts: Sequence[str]) -> Float[Tensor, "B L D"]:
-        """Embeddings; each distinct prompt is encoded once."""
-        distinct = list(dict.fromkeys(prompts))
-        text = self.model.encode_prompt(distinct)
-        place = {prompt: i for i, prompt in enumerate(distinct)}
-        return text[[place[prompt] for prompt in prompts]]
+        return self.conditions.text(prompts, self.model.device)
 
-    def _rollout(self, number: int, mine: range, text: Tensor, window: tuple[int, ...]) -> Trajectory:
+    def _share(self, count: int) -> slice:
+        if self.policy.sharded and count % self.processes.size:
+            raise UserError(
+                f"model.shard needs equal shares, and {count} samples per update are none of {self.processes.size}; "
+                f"make grpo.prompts_per_update x grpo.samples_per_prompt a multiple of {self.processes.size}"
+            )
+        return self.processes.share(count)
+
+    def _rollout(
+        self, number: int, mine: range, prompts: Sequence[str], text: Tensor, window: tuple[int, ...]
+    ) -> Trajectory:
         """The policy's videos: samples `mine` of the update."""
         seed, group_size = self.config.seed, self.config.grpo.samples_per_prompt
         shared = self.config.sampling.shared_noise
         slots = [divmod(i, group_size) for i in mine]  # (prompt slot, sample of the group)
         return self._sample(
+            prompts,
             text,
             window,
             noise_seeds=[derive_seed(seed, "noise", number, slot, "all" if shared else k) for slot, k in slots],
@@ -153,7 +163,14 @@ class GRPO:
         )
 
     def _sample(
-        self, text: Tensor, window: Sequence[int], *, noise_seeds: list[int], step_seeds: list[int], slots: list[int]
+        self,
+        prompts: Sequence[str],
+        text: Tensor,
+        window: Sequence[int],
+        *,
+        noise_seeds: list[int],
+        step_seeds: list[int],
+        slots: list[int],
     ) -> Trajectory:
         sampling = self.config.sampling
         return rollout(
@@ -168,25 +185,37 @@ class GRPO:
             guidance_scale=sampling.guidance_scale,
             negative_text=self.replayer.negative_text,
             micro_batch=sampling.micro_batch,
-            prompt_ids=slots,
+            # With split weights all processes must call the network equally often, so nothing is computed once.
+            prompt_ids=list(range(len(slots))) if self.policy.sharded else slots,
             offload=sampling.offload,
+            first_frame=self.conditions.first_frames(prompts, self.model.device),
+            keep_means=self.config.grpo.ratio_norm,
         )
 
-    def _measure_base_travel(self, prompts: Sequence[str], window: tuple[int, ...]) -> None:
-        """Camera travel of the base model (LoRA off) for prompts not seen before, with the roll-out's own sampler."""
+    def _measure_base(self, prompts: Sequence[str], window: tuple[int, ...]) -> None:
+        """Motion of the base model for prompts not seen before, with the roll-out's own sampler."""
         samples = self.config.grpo.base_travel_samples
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.base_travel]
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.motion.base]
         if not samples or not new:
             return
-        repeated = [prompt for prompt in new for _ in range(samples)]
-        seeds = [derive_seed(self.config.seed, "base", prompt, k) for prompt in new for k in range(samples)]
+        jobs = [(prompt, derive_seed(self.config.seed, "base", prompt, k)) for prompt in new for k in range(samples)]
+        # Each process measures a part where they divide; else all measure all.
+        divides = len(jobs) % self.processes.size == 0
+        mine = jobs[self.processes.share(len(jobs))] if divides else jobs
+        seeds, repeated = [seed for _, seed in mine], [prompt for prompt, _ in mine]
         with self.policy.reference():
             latents = self._sample(
-                self._encode(repeated), window, noise_seeds=seeds, step_seeds=seeds, slots=list(range(len(seeds)))
+                repeated,
+                self._encode(repeated),
+                window,
+                noise_seeds=seeds,
+                step_seeds=seeds,
+                slots=list(range(len(seeds))),
             ).latents
-        travel = measure_travel(self.lgm, latents, self.config.lgm.micro_batch).view(len(new), samples)
-        for prompt, mean in zip(new, travel.nanmean(dim=1).tolist(), strict=True):
-            self.base_travel[prompt] = mean
+        motion = measure_motion(self.lgm, latents, self.config.lgm.micro_batch)
+        motion = (self.processes.gather(motion) if divides else motion).view(2, len(new), samples).nanmean(dim=2)
+        for prompt, travel, share in zip(new, *motion.tolist(), strict=True):
+            self.motion.base[prompt] = (travel, share)
 
     def _score(self, latents: Tensor, prompts: Sequence[str]) -> Scores:
         return score_latents(
@@ -194,7 +223,7 @@ class GRPO:
             latents,
             self.config.rewards,
             prompts=prompts,
-            base_travel=self.base_travel,
+            base_travel={prompt: travel for prompt, (travel, _) in self.motion.base.items()},
             micro_batch=self.config.lgm.micro_batch,
         )
 
@@ -230,17 +259,19 @@ class GRPO:
         transitions = all_transitions(kept, len(trajectory.steps))
         seed = derive_seed(self.config.seed, "inner", number)
         everywhere = list(inner_parts(transitions, grpo.inner_updates, grpo.inner_split, seed))
-        parts = [_local_part(part, mine) for part in everywhere]
+        local = [_local_part(part, mine) for part in everywhere]
+        fillers = [self._filler(part) for part in local]
+        parts = [torch.cat([part, filler]) for part, filler in zip(local, fillers, strict=True)]
         advantages = advantages[mine.start : mine.stop]
         statistics, norms = ReplayStatistics(), []
-        old = [self._old_log_probs(trajectory, text, part) for part in parts]
+        old = [self._old_policy(trajectory, text, part) for part in parts]
         for inner, part in enumerate(parts):
-            total = max(1, len(everywhere[inner]))
-            result = self.replayer.backward(trajectory, text, part, old[inner], advantages, total)
+            total, filler = max(1, len(everywhere[inner])), len(fillers[inner])
+            result = self.replayer.backward(trajectory, text, part, old[inner], advantages, total, filler)
             if inner == 0 and not self._first_ratio_holds(result):
                 self.policy.discard_gradients()
-                old = [self._old_log_probs(trajectory, text, each) for each in parts]
-                result = self.replayer.backward(trajectory, text, part, old[inner], advantages, total)
+                old = [self._old_policy(trajectory, text, each) for each in parts]
+                result = self.replayer.backward(trajectory, text, part, old[inner], advantages, total, filler)
                 if not self._first_ratio_holds(result):
                     raise UserError(
                         "the replayed ratio is not 1 before the first optimizer step: the model is not deterministic; "
@@ -251,10 +282,15 @@ class GRPO:
                 norms.append(self._step(number, result))
         return self._statistics(statistics, norms)
 
-    def _old_log_probs(self, trajectory: Trajectory, text: Tensor, part: Tensor) -> Float[Tensor, " M"]:
+    def _filler(self, part: Tensor) -> Int[Tensor, "F 2"]:
+        """Transitions without weight: with split weights all processes must replay equally many."""
+        missing = self.processes.largest(len(part), self.model.device) - len(part) if self.policy.sharded else 0
+        return torch.zeros(missing, 2, dtype=torch.long)
+
+    def _old_policy(self, trajectory: Trajectory, text: Tensor, part: Tensor) -> OldPolicy:
         if self.recompute_old:
-            return self.replayer.log_probs(trajectory, text, part)
-        return trajectory.log_probs[part[:, 0], part[:, 1]]
+            return self.replayer.old_policy(trajectory, text, part)
+        return OldPolicy.of(trajectory, part)
 
     def _first_ratio_holds(self, result: ReplayStatistics) -> bool:
         """Before the run's first optimizer step the ratio must be 1; if it is not, old log-probabilities get
@@ -300,23 +336,3 @@ def _local_part(transitions: Int[Tensor, "M 2"], mine: range) -> Int[Tensor, "P 
     """The transitions whose sample is in `mine`, with samples counted from its start."""
     here = (transitions[:, 0] >= mine.start) & (transitions[:, 0] < mine.stop)
     return transitions[here] - torch.tensor([mine.start, 0])
-
-
-def _reward_metrics(
-    config: TrainConfig, values: Tensor, valid: Tensor, group: Tensor, watched: dict[str, Tensor]
-) -> dict[str, float]:
-    """Means of the rewards over valid samples, their spread within groups, and what is watched."""
-    metrics: dict[str, float] = {}
-    groups = int(group.max()) + 1
-    for name, value, ok in zip(config.rewards, values, valid, strict=True):
-        metrics[f"reward/{name}"] = _mean(value[ok])
-        spreads = [value[ok & (group == g)].std(correction=0) for g in range(groups) if bool((ok & (group == g)).any())]
-        metrics[f"group_std/{name}"] = _mean(torch.stack(spreads)) if spreads else math.nan
-    metrics["samples/invalid"] = float((~valid.all(dim=0)).sum())
-    return metrics | {name: _mean(value) for name, value in watched.items()}
-
-
-def _mean(values: Tensor) -> float:
-    """Mean of the finite values, NaN if there is none."""
-    finite = values[torch.isfinite(values)]
-    return float(finite.mean()) if len(finite) else math.nan

@@ -32,6 +32,9 @@ def clipped_policy_loss(
     *,
     clip: float = 1e-3,
     advantage_clip: float | None = 5.0,
+    mean_shift: Float[Tensor, " N"] | None = None,
+    std: Float[Tensor, " N"] | float = 1.0,
+    step_length: Float[Tensor, " N"] | float = 1.0,
 ) -> PolicyLoss:
     """`-min(rho A, clip(rho, 1-e, 1+e) A)` per transition.
 
@@ -41,10 +44,19 @@ def clipped_policy_loss(
         advantage: of the sample.
         clip: e. Small, because the log-probabilities are means over many dimensions.
         advantage_clip: bound on |A| before all else, None = none.
+        mean_shift: None, or `mean |mu - mu_old|^2 / (2 std^2)` of each transition, with gradient: the ratio is then
+            GRPO-Guard's `exp((log p - log p_old + mean_shift) std)` and the loss is divided by `step_length`. Without
+            the shift the log-ratio is negative on average, and its spread grows as the step's noise shrinks; with it,
+            the log-ratio is `mean eps (mu - mu_old)`, so one clip fits all steps.
+        std: of the step's Gaussian.
+        step_length: -dt of the step.
     """
     if advantage_clip is not None:
         advantage = advantage.clamp(-advantage_clip, advantage_clip)
-    ratio = torch.exp(log_prob - old_log_prob)
+    log_ratio = log_prob - old_log_prob
+    if mean_shift is not None:
+        log_ratio, advantage = (log_ratio + mean_shift) * std, advantage / step_length
+    ratio = torch.exp(log_ratio)
     plain, bounded = -advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip)
     detached = ratio.detach()
     return PolicyLoss(torch.maximum(plain, bounded), detached, (bounded > plain).detach())

@@ -1,44 +1,66 @@
-"""The policy: which parameters are trained, their optimizer, and the model that they started from."""
+"""The policy: which parameters are trained, their optimizer and average, and the model that they started from.
+
+`model.tune: lora` trains an adapter, and the reference is the same network with the adapter switched off. `full` trains
+every weight (float32, the network itself under autocast), and the reference is a copy of the first weights.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vggrpo.config import TrainConfig
 from vggrpo.distributed import Processes
 from vggrpo.errors import UserError
+from vggrpo.io.atomic import atomic_path, atomic_write_json
 from vggrpo.models.base import VideoModel
-from vggrpo.models.lora import attach_lora, export_lora, lora_disabled, lora_state, set_lora_state
+from vggrpo.models.lora import attach_lora, export_lora, lora_disabled, lora_parameters
+from vggrpo.models.sharding import is_split, local_part, shard_transformer, split_like, whole
 from vggrpo.sampling.seeds import derive_seed
 
 
 class Policy:
-    """The LoRA on a video model's network, and AdamW."""
+    """What is trained of a video model's network, and AdamW."""
 
     def __init__(self, config: TrainConfig, model: VideoModel, processes: Processes) -> None:
         self.config, self.model, self.processes = config, model, processes
-        lora, optim = config.lora, config.optim
-        self.parameters: list[nn.Parameter] = attach_lora(
-            model.transformer,
-            rank=lora.rank,
-            alpha=lora.alpha,
-            targets=lora.targets,
-            seed=derive_seed(config.seed, "lora"),
-        )
+        self.full = config.model.tune == "full"
+        transformer, lora, optim = model.transformer, config.lora, config.optim
+        if self.full:
+            transformer.float().requires_grad_(True)
+            model.autocast = torch.bfloat16 if config.model.dtype == "bfloat16" else None
+        else:
+            seed = derive_seed(config.seed, "lora")
+            attach_lora(transformer, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=seed)
         if config.model.gradient_checkpointing:
-            model.transformer.enable_gradient_checkpointing()
+            transformer.enable_gradient_checkpointing()
+        if config.model.compile:
+            for block in transformer.blocks:
+                block.compile()
+        if config.model.shard:
+            if processes.size == 1:
+                raise UserError(
+                    "model.shard splits the weights over processes, and there is one; start several with "
+                    "torchrun or accelerate launch, or set model.shard: false"
+                )
+            shard_transformer(transformer, () if self.full else [p for _, p in lora_parameters(transformer)])
+        named = transformer.named_parameters() if self.full else lora_parameters(transformer)
+        self.named: dict[str, nn.Parameter] = dict(sorted(named))
+        self.parameters = list(self.named.values())
+        self.sharded = config.model.shard
         self.optimizer = torch.optim.AdamW(
             self.parameters,
             lr=optim.learning_rate,
             betas=(optim.beta1, optim.beta2),
             weight_decay=optim.weight_decay,
         )
+        self._initial = self._copies() if self.full else []
+        self._average = self._copies() if optim.ema is not None else []
 
     @property
     def learning_rate(self) -> float:
@@ -47,15 +69,21 @@ class Policy:
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """Inside, the model is the one that training started from."""
-        with lora_disabled(self.model.transformer):
+        """Inside, the model is the one that training started from. Never enter between a forward and its backward."""
+        with self._swapped(self._initial) if self.full else lora_disabled(self.model.transformer):
+            yield
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the weights are their moving average, if `optim.ema` asks for one: what is validated and exported."""
+        with self._swapped(self._average):
             yield
 
     def step(
         self,
         number: int,
         *,
-        loss: float | torch.Tensor = 0.0,
+        loss: float | Tensor = 0.0,
         reproduction: Callable[[], Mapping[str, Any]] = dict,
     ) -> float:
         """Sum gradients over processes, clip, check, step.
@@ -71,8 +99,8 @@ class Policy:
         Raises:
             UserError: when loss or gradients are not finite on any process; no parameter was changed.
         """
-        self.processes.sum_gradients(self.parameters)
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.optim.grad_clip)
+        self.processes.sum_gradients([p for p in self.parameters if not is_split(p)])
+        norm = whole(nn.utils.clip_grad_norm_(self.parameters, self.config.optim.grad_clip))
         finite = bool(torch.isfinite(norm)) and bool(torch.isfinite(torch.as_tensor(loss)).all())
         if self.processes.any(not finite, self.model.device):
             self._stop_on_non_finite(number, reproduction())
@@ -81,6 +109,8 @@ class Policy:
             group["lr"] = rate
         self.optimizer.step()
         self.discard_gradients()
+        for average, parameter in zip(self._average, self.parameters, strict=False):
+            average.lerp_(local_part(parameter), 1 - float(self.config.optim.ema or 0))
         return float(norm)
 
     def discard_gradients(self) -> None:
@@ -88,37 +118,108 @@ class Policy:
         self.optimizer.zero_grad(set_to_none=True)
 
     def tensors(self) -> dict[str, Any]:
-        """What a checkpoint must hold."""
-        return {"adapter": lora_state(self.model.transformer), "optimizer": self.optimizer.state_dict()}
+        """What a checkpoint must hold, on the CPU; all processes must ask for it."""
+        state = self.optimizer.state_dict()
+        moments = {
+            index: {name: _saved(value) for name, value in values.items()} for index, values in state["state"].items()
+        }
+        return {
+            "adapter": {name: _saved(parameter) for name, parameter in self.named.items()},
+            "optimizer": {**state, "state": moments},
+            "average": [_saved(self._laid_out(a, p)) for a, p in zip(self._average, self.parameters, strict=False)],
+        }
 
     def load(self, tensors: Mapping[str, Any]) -> None:
         """Put back what `tensors` gave."""
-        set_lora_state(self.model.transformer, tensors["adapter"])
-        self.optimizer.load_state_dict(tensors["optimizer"])
+        if tensors["adapter"].keys() != self.named.keys():
+            raise UserError(
+                "the saved weights belong to another model or to other lora.targets; use another output directory"
+            )
+        with torch.no_grad():
+            for name, parameter in self.named.items():
+                parameter.copy_(split_like(tensors["adapter"][name], parameter))
+            for average, saved, parameter in zip(self._average, tensors["average"], self.parameters, strict=False):
+                average.copy_(local_part(split_like(saved, parameter)))
+        moments = {
+            index: {
+                name: split_like(value, self.parameters[index]) if value.ndim else value
+                for name, value in values.items()
+            }
+            for index, values in tensors["optimizer"]["state"].items()
+        }
+        self.optimizer.load_state_dict({**tensors["optimizer"], "state": moments})
 
     def export(self, output: Path) -> Path:
-        """The result as diffusers loads it, in its directory under `output`."""
-        export_lora(self.model.transformer, self.exported(output))
-        return self.exported(output)
+        """The result as diffusers loads it, in its directory under `output`; all processes must ask for it."""
+        directory = exported(self.config, output)
+        with self.averaged():
+            if not self.full:
+                if self.processes.is_main:
+                    export_lora(self.model.transformer, directory)
+            else:
+                state = {name: _saved(parameter) for name, parameter in self.named.items()}
+                if self.processes.is_main:
+                    _export_transformer(self.model.transformer, state, directory)
+        return directory
 
-    def exported(self, output: Path) -> Path:
-        """Where `export` writes."""
-        return output / "lora"
+    def _copies(self) -> list[Tensor]:
+        return [local_part(parameter).clone() for parameter in self.parameters]
+
+    def _laid_out(self, local: Tensor, like: nn.Parameter) -> Tensor:
+        """A copy of `like` with the values `local` on this process."""
+        if not is_split(like):
+            return local
+        tensor = like.detach().clone()
+        local_part(tensor).copy_(local)
+        return tensor
+
+    @contextmanager
+    def _swapped(self, values: Sequence[Tensor]) -> Iterator[None]:
+        """Inside, the parameters hold `values`; nothing happens when there are none."""
+        if not values:
+            yield
+            return
+        kept = self._copies()
+        try:
+            self._fill(values)
+            yield
+        finally:
+            self._fill(kept)
+
+    @torch.no_grad()
+    def _fill(self, values: Sequence[Tensor]) -> None:
+        for parameter, value in zip(self.parameters, values, strict=True):
+            local_part(parameter).copy_(value)
 
     def _stop_on_non_finite(self, number: int, reproduction: Mapping[str, Any]) -> None:
         """Keep what reproduces the update (its seeds follow from its number), and stop before the weights are
         spoilt."""
         file = Path(self.config.output) / f"nonfinite-{number:06d}-rank{self.processes.rank}.pt"
+        weights = {} if self.full else {name: _saved(parameter) for name, parameter in self.named.items()}
         torch.save(
-            {
-                "update": number,
-                "adapter": lora_state(self.model.transformer),
-                "config": self.config.model_dump(mode="json"),
-                **reproduction,
-            },
-            file,
+            {"update": number, "adapter": weights, "config": self.config.model_dump(mode="json"), **reproduction}, file
         )
         raise UserError(
             f"loss or gradient is not finite in update {number}; nothing was changed and {file} reproduces it: "
             "lower optim.learning_rate or set model.dtype: float32, and run again to resume"
         )
+
+
+def exported(config: TrainConfig, output: Path) -> Path:
+    """Where the result of a run lies."""
+    return output / ("transformer" if config.model.tune == "full" else "lora")
+
+
+def _saved(tensor: Tensor) -> Tensor:
+    """A copy on the CPU, in one piece."""
+    return whole(tensor).cpu().clone()
+
+
+def _export_transformer(transformer: nn.Module, state: Mapping[str, Tensor], directory: Path) -> None:
+    """`WanTransformer3DModel.from_pretrained(directory)` reads it."""
+    from safetensors.torch import save_file
+
+    with atomic_path(directory / "diffusion_pytorch_model.safetensors") as temporary:
+        save_file({name: value.contiguous() for name, value in state.items()}, str(temporary))
+    config = {key: value for key, value in transformer.config.items() if not key.startswith("_name")}
+    atomic_write_json(directory / "config.json", {**config, "_class_name": type(transformer).__name__})

@@ -49,52 +49,75 @@ class Replayer:
             text[chosen[:, 0].to(text.device)],
             guidance_scale=self.guidance_scale,
             negative_text=self.negative_text,
+            pinned=trajectory.pinned,
         )
-        return sde_step(x, velocity, t, t_next, next_sample=x_next, **vars(self.noise))
+        return sde_step(x, velocity, t, t_next, next_sample=x_next, mask=trajectory.mask, **vars(self.noise))
 
     @torch.no_grad()
-    def log_probs(self, trajectory: Trajectory, text: Tensor, chosen: Int[Tensor, "M 2"]) -> Float[Tensor, " M"]:
-        """Log-probabilities with the replay's own batching, for when the roll-out's differ too much from it."""
-        parts = [self.step(trajectory, text, part).log_prob for part in chosen.split(self.settings.micro_batch)]
-        return torch.cat(parts) if parts else trajectory.log_probs.new_zeros(0)
+    def old_policy(self, trajectory: Trajectory, text: Tensor, chosen: Int[Tensor, "M 2"]) -> OldPolicy:
+        """The policy now as the old one, with the replay's own batching: for when the roll-out's log-probabilities
+        differ too much from it."""
+        log_probs, means = [], []
+        for part in chosen.split(self.settings.micro_batch):
+            step = self.step(trajectory, text, part)
+            log_probs.append(step.log_prob)
+            if trajectory.means:
+                means += [mean.to(trajectory.means[0].device) for mean in step.mean]
+        return OldPolicy(torch.cat(log_probs) if log_probs else trajectory.log_probs.new_zeros(0), means)
 
     def backward(
         self,
         trajectory: Trajectory,
         text: Float[Tensor, "B L D"],
         chosen: Int[Tensor, "M 2"],
-        old_log_probs: Float[Tensor, " M"],
+        old: OldPolicy,
         advantages: Float[Tensor, " B"],
         total: int,
+        filler: int = 0,
     ) -> ReplayStatistics:
         """Accumulate the gradient of `sum (policy loss + beta KL) / total` over M transitions.
 
         Args:
             total: transitions of all processes, so that gradients can be summed over them.
+            filler: so many of the last transitions have no weight; they only keep processes in step.
         """
         statistics = ReplayStatistics()
-        size = self.settings.micro_batch
-        for part, old in zip(chosen.split(size), old_log_probs.split(size), strict=True):
-            if len(part) == 0:
-                continue
+        for places in torch.arange(len(chosen)).split(self.settings.micro_batch):
+            part, counts = chosen[places], places < len(chosen) - filler
             # The reference goes first: switching the adapter off and on must not happen between forward and backward.
             reference = self._reference(trajectory, text, part) if self.settings.kl > 0 else None
             step = self.step(trajectory, text, part)
             policy = clipped_policy_loss(
                 step.log_prob,
-                old.to(step.log_prob),
+                old.log_probs[places.to(old.log_probs.device)].to(step.log_prob),
                 advantages[part[:, 0].to(advantages.device)].to(step.log_prob),
                 clip=self.settings.clip,
                 advantage_clip=self.settings.advantage_clip,
+                **(self._guard(trajectory, part, step, old, places) if self.settings.ratio_norm else {}),
             )
             loss = policy.per_sample
             kl = torch.zeros_like(loss)
             if reference is not None:
-                kl = gaussian_kl(step.mean, reference.mean, self._kl_scale(trajectory, part, step))
+                kl = gaussian_kl(
+                    step.mean, reference.mean, self._kl_scale(trajectory, part, step), mask=trajectory.mask
+                )
                 loss = loss + self.settings.kl * kl
-            (loss.sum() / total).backward()
-            statistics.add(loss, kl, policy.ratio, policy.clipped)
+            counts = counts.to(loss.device)
+            (torch.where(counts, loss, 0.0 * loss).sum() / total).backward()
+            statistics.add(loss[counts], kl[counts], policy.ratio[counts], policy.clipped[counts])
         return statistics
+
+    def _guard(
+        self, trajectory: Trajectory, part: Tensor, step: SDEStep, old: OldPolicy, places: Tensor
+    ) -> dict[str, Tensor]:
+        """What GRPO-Guard normalises a step's ratio with."""
+        old_mean = torch.stack([old.means[i] for i in places.tolist()]).to(step.mean)
+        index = torch.tensor(trajectory.steps)[part[:, 1]].to(trajectory.sigmas.device)
+        return {
+            "mean_shift": gaussian_kl(step.mean, old_mean, step.std, mask=trajectory.mask),
+            "std": step.std.flatten(),
+            "step_length": trajectory.sigmas[index] - trajectory.sigmas[index + 1],
+        }
 
     @torch.no_grad()
     def _reference(self, trajectory: Trajectory, text: Tensor, chosen: Tensor) -> SDEStep:
@@ -110,6 +133,25 @@ class Replayer:
         return diffusion_scale(t, t_next, **vars(self.noise)).view(-1, 1, 1, 1, 1)
 
 
+@dataclass(frozen=True)
+class OldPolicy:
+    """The policy that took M transitions.
+
+    Attributes:
+        log_probs: of the transitions, (M,).
+        means: of the Gaussians, M tensors (C, T', H', W'); only where the roll-out kept them.
+    """
+
+    log_probs: Float[Tensor, " M"]
+    means: list[Tensor]
+
+    @classmethod
+    def of(cls, trajectory: Trajectory, chosen: Int[Tensor, "M 2"]) -> OldPolicy:
+        """As the roll-out saw it."""
+        means = [trajectory.means[w][i] for i, w in chosen.tolist()] if trajectory.means else []
+        return cls(trajectory.log_probs[chosen[:, 0], chosen[:, 1]], means)
+
+
 @dataclass
 class ReplayStatistics:
     """Sums over transitions; kept as tensors, so that nothing waits for the device until the end."""
@@ -120,6 +162,8 @@ class ReplayStatistics:
 
     def add(self, loss: Tensor, kl: Tensor, ratio: Tensor, clipped: Tensor) -> None:
         """Count one micro-batch."""
+        if len(loss) == 0:
+            return
         for name, value in (("loss", loss), ("kl", kl), ("ratio", ratio), ("clip_fraction", clipped.float())):
             self.sums[name] = self.sums.get(name, 0.0) + value.detach().double().sum()
         deviation = (ratio - 1).abs().max()

@@ -72,18 +72,23 @@ def score_latents(
 
 
 @torch.no_grad()
-def measure_travel(lgm: GeometryReader, latents: Float[Tensor, "N C T H W"], micro_batch: int) -> Float[Tensor, " N"]:
-    """Camera travel of each clip, NaN where its geometry is broken."""
-    return torch.cat([camera_travel(lgm(chunk)) for chunk in latents.split(micro_batch)])
+def measure_motion(lgm: GeometryReader, latents: Float[Tensor, "N C T H W"], micro_batch: int) -> Float[Tensor, "2 N"]:
+    """Camera travel and share of moving pixels of each clip, NaN where its geometry is broken or does not tell."""
+    return torch.cat([torch.stack(_motion(lgm(chunk))) for chunk in latents.split(micro_batch)], dim=1)
+
+
+def _motion(prediction: GeometryPrediction) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
+    travel = camera_travel(prediction)
+    moving = prediction.dynamic_mask
+    share = torch.full_like(travel, torch.nan) if moving is None else moving.flatten(1).to(travel).mean(dim=1)
+    return travel, share
 
 
 def _score_chunk(
     lgm: GeometryReader, latents: Tensor, terms: Mapping[str, RewardTerm], context: RewardContext
 ) -> Scores:
     prediction = lgm(latents)
-    travel = camera_travel(prediction)
-    moving = prediction.dynamic_mask
-    share = torch.full_like(travel, torch.nan) if moving is None else moving.flatten(1).float().mean(dim=1)
+    travel, share = _motion(prediction)
     watched = {"camera_travel": travel, "dynamic_share": share}
     values, valid = [], []
     for name, term in terms.items():

@@ -30,8 +30,10 @@ from vggrpo.models.base import VideoModel
 from vggrpo.models.loading import load_video_model
 from vggrpo.posttraining.algorithm import Algorithm, Context, find_algorithm
 from vggrpo.posttraining.card import lora_card
-from vggrpo.posttraining.policy import Policy
+from vggrpo.posttraining.conditions import Conditions, load_prompts
+from vggrpo.posttraining.policy import Policy, exported
 from vggrpo.posttraining.scoring import GeometryReader, check_rewards
+from vggrpo.posttraining.validation import Validation, validation_prompts
 from vggrpo.sampling.seeds import derive_seed
 from vggrpo.tracking import Stopwatch, Tracker
 
@@ -57,7 +59,7 @@ def train(
         progress: show a progress bar.
 
     Returns:
-        The directory of the exported LoRA, OUTPUT/lora.
+        The directory of the exported weights: OUTPUT/lora, or OUTPUT/transformer with `model.tune: full`.
 
     Raises:
         UserError: for bad input; nothing of an earlier run is overwritten.
@@ -71,47 +73,51 @@ def train(
     prompts = list(prompts) if prompts is not None else load_prompts(config)
     fingerprint = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
     _check_resume(checkpoint, config, fingerprint)
-    if checkpoint is not None and checkpoint.step >= config.updates and (output / "lora").is_dir():
-        return output / "lora"
-    model = model or load_video_model(
-        config.model.path,
-        device=config.model.device,
-        dtype=config.model.dtype,
-        local_rank=processes.local_rank,
-        load_vae=False,
-    )
-    if algorithm.needs_lgm:
-        lgm = lgm or load_lgm(config.lgm.path, model.device)
-    policy = Policy(config, model, processes)
-    context = Context(config, model, policy, lgm if algorithm.needs_lgm else None, prompts, processes)
-    run = _Run(context, algorithm(context), fingerprint)
-    torch.manual_seed(derive_seed(config.seed, "torch", processes.rank))
-    start = run.resume(checkpoint) if checkpoint is not None else 0
-    if processes.is_main:
-        atomic_write(output / "config.yaml", dump_config(config))
-    tracker = Tracker(output, total=config.updates, start=start, enabled=processes.is_main, progress=progress)
-    with tracker, _stop_signals() as stop:
-        try:
+    result = exported(config, output)
+    if checkpoint is not None and checkpoint.step >= config.updates and result.is_dir():
+        return result
+    with _memory_advice():
+        fixed = validation_prompts(config)
+        conditions = Conditions(config, prompts, fixed)
+        model = _prepare_model(config, model, conditions, processes)
+        if algorithm.needs_lgm:
+            lgm = lgm or load_lgm(config.lgm.path, model.device)
+        policy = Policy(config, model, processes)
+        reader = lgm if algorithm.needs_lgm else None
+        context = Context(config, model, policy, reader, prompts, conditions, processes)
+        run = _Run(context, algorithm(context), Validation(context, fixed), fingerprint)
+        torch.manual_seed(derive_seed(config.seed, "torch", processes.rank))
+        start = run.resume(checkpoint) if checkpoint is not None else 0
+        if processes.is_main:
+            atomic_write(output / "config.yaml", dump_config(config))
+        tracker = Tracker(
+            output,
+            total=config.updates,
+            start=start,
+            enabled=processes.is_main,
+            progress=progress,
+            trackers=config.trackers,
+            settings=config.model_dump(mode="json"),
+        )
+        with tracker, _stop_signals() as stop:
             run.loop(start, tracker, stop)
-        except torch.cuda.OutOfMemoryError as error:
-            raise UserError(
-                "out of memory: lower grpo.micro_batch and sampling.micro_batch, or set "
-                "model.gradient_checkpointing: true"
-            ) from error
-    return output / "lora"
+    return result
 
 
 class _Run:
     """Everything that changes while a run goes on."""
 
-    def __init__(self, context: Context, algorithm: Algorithm, fingerprint: str) -> None:
+    def __init__(self, context: Context, algorithm: Algorithm, validation: Validation, fingerprint: str) -> None:
         self.config, self.policy, self.processes = context.config, context.policy, context.processes
         self.model, self.algorithm, self.fingerprint = context.model, algorithm, fingerprint
+        self.validation = validation
         self.output = Path(context.config.output)
 
     def loop(self, start: int, tracker: Tracker, stop: threading.Event) -> None:
         """Do the remaining updates; save every `save_every`, at the end, and when asked to stop."""
         for number in range(start, self.config.updates):
+            if self.validation.due(number):
+                tracker.validate(number, *self.validation.run())
             watch = Stopwatch(self.model.device)
             with watch.stage("total"):
                 metrics = self.algorithm.update(number, watch)
@@ -123,29 +129,31 @@ class _Run:
                 self.save(done)
             if stopping and done < self.config.updates:
                 raise KeyboardInterrupt(f"stopped after update {done} of {self.config.updates}; run again to go on")
-        if start >= self.config.updates and self.processes.is_main:
+        if self.config.validation.every:
+            tracker.validate(self.config.updates, *self.validation.run())
+        if start >= self.config.updates:
             self.export(start)
 
     def export(self, step: int) -> None:
-        """The LoRA as diffusers loads it, with its model card."""
+        """The weights as diffusers loads them, with their model card; all processes take part."""
         directory = self.policy.export(self.output)
-        log = self.output / "log.jsonl"
-        last = read_jsonl(log)[-1] if log.is_file() else {}
-        atomic_write(directory / "README.md", lora_card(self.config, step, last))
+        if self.processes.is_main:
+            log = self.output / "log.jsonl"
+            last = read_jsonl(log)[-1] if log.is_file() else {}
+            atomic_write(directory / "README.md", lora_card(self.config, step, last))
 
     def save(self, step: int) -> None:
-        """Checkpoint and LoRA, by the main process; all wait for it."""
-        random_states = self._gather_random_states()
+        """Checkpoint and export, written by the main process; all wait for it."""
+        tensors = {**self.policy.tensors(), "random": self._gather_random_states()}
         if self.processes.is_main:
-            tensors = {**self.policy.tensors(), "random": random_states}
             state = {
                 "config": self.config.model_dump(mode="json"),
                 "prompts": self.fingerprint,
                 "algorithm": self.algorithm.state(),
-                "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+                "versions": _versions(),
             }
             save_checkpoint(self.output / "checkpoints", step, tensors, state, keep_last=self.config.keep_last)
-            self.export(step)
+        self.export(step)
         self.processes.barrier()
 
     def resume(self, checkpoint: Checkpoint) -> int:
@@ -153,34 +161,69 @@ class _Run:
         self.policy.load(checkpoint.tensors)
         states = checkpoint.tensors["random"]
         if self.processes.rank < len(states):
-            torch.set_rng_state(states[self.processes.rank])
+            random = states[self.processes.rank]
+            torch.set_rng_state(random["cpu"])
+            if "cuda" in random and self.model.device.type == "cuda":
+                torch.cuda.set_rng_state(random["cuda"], self.model.device)
         self.algorithm.load_state(checkpoint.state["algorithm"])
-        versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
-        if versions != checkpoint.state["versions"]:
+        if _versions() != checkpoint.state["versions"]:
             logger.warning(
                 "the checkpoint was made with %s, this is %s: the run goes on, but not bit for bit",
                 checkpoint.state["versions"],
-                versions,
+                _versions(),
             )
         return checkpoint.step
 
-    def _gather_random_states(self) -> list[torch.Tensor]:
-        state = torch.get_rng_state()
-        if self.processes.size == 1:
-            return [state]
-        gathered = self.processes.gather(state.to(self.model.device)).cpu()
-        return list(gathered.chunk(self.processes.size))
+    def _gather_random_states(self) -> list[dict[str, torch.Tensor]]:
+        """State of the random generators of every process."""
+        mine = {"cpu": torch.get_rng_state()}
+        if self.model.device.type == "cuda":
+            mine["cuda"] = torch.cuda.get_rng_state(self.model.device)
+        gathered = {
+            name: self.processes.gather(state.to(self.model.device)).cpu().chunk(self.processes.size)
+            for name, state in mine.items()
+        }
+        return [{name: parts[rank] for name, parts in gathered.items()} for rank in range(self.processes.size)]
 
 
-def load_prompts(config: TrainConfig) -> list[str]:
-    """The training prompts: a file's lines, or captions of the embedded world."""
-    if config.data.prompts == EMBEDDED:
-        from vggrpo.world import sample_prompts
+def _prepare_model(
+    config: TrainConfig, model: VideoModel | None, conditions: Conditions, processes: Processes
+) -> VideoModel:
+    """The video model with everything encoded, and without the parts that training does not need."""
+    decodes = bool(config.validation.every and config.validation.videos)
+    images = bool(conditions.missing_images())
+    given = model is not None
+    if model is None:
+        model = load_video_model(
+            config.model.path,
+            device=config.model.device,
+            dtype=config.model.dtype,
+            local_rank=processes.local_rank,
+            load_vae=decodes or images,
+            load_text=bool(conditions.missing_prompts()),
+        )
+    conditions.encode(model, processes)
+    if not given:
+        model.release_encoders(vae=not decodes)
+        if model.device.type == "cuda":
+            torch.cuda.empty_cache()
+    return model
 
-        return sample_prompts(config.data.num_prompts, config.seed, split="train")
-    from vggrpo.io.prompts import read_prompts
 
-    return read_prompts(config.data.prompts)
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in _PACKAGES}
+
+
+@contextmanager
+def _memory_advice() -> Iterator[None]:
+    """Out of memory is the user's to mend: it says with what."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            "out of memory: lower grpo.micro_batch and sampling.micro_batch, or set "
+            "model.gradient_checkpointing: true, and run again to go on; `vggrpo doctor` estimates what a recipe needs"
+        ) from error
 
 
 def load_lgm(path: str, device: torch.device) -> GeometryReader:

@@ -22,11 +22,13 @@ from torch import Tensor
 
 from vggrpo.errors import UserError
 from vggrpo.io.atomic import atomic_path, atomic_write_json, ensure_directory
+from vggrpo.io.images import read_image
 from vggrpo.io.manifest import ManifestRow, read_manifest, write_manifest
 from vggrpo.io.video import write_video
 from vggrpo.models.base import VideoModel
 from vggrpo.models.loading import load_video_model
 from vggrpo.models.lora import load_lora
+from vggrpo.sampling.first_frame import pin_first_frame
 from vggrpo.sampling.guidance import RewardGuidance
 from vggrpo.sampling.rollout import guided_velocity
 from vggrpo.sampling.seeds import derive_seed, seeded_noise
@@ -57,6 +59,7 @@ def generate_videos(
     dtype: str = "float32",
     save_latents: bool = False,
     steering: Steering | None = None,
+    first_frames: Sequence[Path | str] | None = None,
 ) -> Path:
     """Write `OUTPUT/ARM/*.mp4` and list them in `OUTPUT/manifest.jsonl`; files that are there already are not made
     again.
@@ -79,6 +82,7 @@ def generate_videos(
         save_latents: also write the normalised latents, `*.safetensors` with the key `latents`, (C, T', H', W').
         steering: guidance by a latent reward, or the best of several candidates; None is plain sampling. What a video
             cost is in `OUTPUT/ARM/cost.json` either way.
+        first_frames: an image for each prompt that its videos start from (Wan2.2-TI2V); None: text to video.
 
     Returns:
         The manifest.
@@ -98,6 +102,7 @@ def generate_videos(
         "fps": fps,
         "dtype": dtype,
         **({"guidance": None, "best_of": None} if steering is None else steering.settings()),
+        "first_frames": None if first_frames is None else [_file_digest(Path(file)) for file in first_frames],
     }
     _check_settings(folder / "settings.json", settings)
     wanted = [(i, seed, folder / f"{_stem(i, prompt, seed)}.mp4") for i, prompt in enumerate(prompts) for seed in seeds]
@@ -109,7 +114,8 @@ def generate_videos(
             load_lora(model.transformer, lora)
         options = {"shape": shape, "num_steps": num_steps, "guidance_scale": guidance_scale}
         for jobs in _batches(missing, micro_batch):
-            _make(model, [(prompts[i], video_seed(i, seed), path) for i, seed, path in jobs], folder, options, steering,
+            _make(model, [(prompts[i], video_seed(i, seed), path) for i, seed, path in jobs], folder,
+                  options | {"first_frame": _first_latents(model, first_frames, [i for i, _, _ in jobs], size)}, steering,
                   fps, save_latents)  # fmt: skip
     rows = [ManifestRow(f"{arm}/{path.name}", prompts[i], seed, fps, arm) for i, seed, path in wanted]
     return _write_rows(Path(output) / "manifest.jsonl", rows, arm)
@@ -157,25 +163,50 @@ def solve(
     num_steps: int,
     guidance_scale: float = 1.0,
     guidance: RewardGuidance | None = None,
+    text: Float[Tensor, "B L D"] | None = None,
+    negative_text: Float[Tensor, "1 L D"] | None = None,
+    first_frame: Float[Tensor, "B C 1 H W"] | None = None,
 ) -> Float[Tensor, "B C T H W"]:
     """Clean latents by the pipeline's own solver (diffusers scheduler), as the plain pipeline makes them; with
     `guidance`, steered by a latent reward.
 
+    Args:
+        model: the video model.
+        prompts: one a video.
+        shape: (C, T', H', W') of the latents.
+        seeds: of the initial noise, one a video.
+        num_steps: denoising steps.
+        guidance_scale: classifier-free guidance against the empty prompt, 1 = none.
+        text: embeddings of `prompts`, where they are at hand.
+        negative_text: embedding of the empty prompt, where it is at hand.
+        guidance: steer by a latent reward, None: not.
+        first_frame: the given first latent frame (image to video), None: none.
+
     Raises:
         UserError: when the network puts out NaN or infinity.
     """
-    text = model.encode_prompt(prompts)
-    negative = model.encode_prompt([""]) if guidance_scale != 1 else None
-    latents = seeded_noise(seeds, shape, model.device)
+    text = model.encode_prompt(prompts) if text is None else text
+    negative = negative_text
+    if guidance_scale != 1 and negative is None:
+        negative = model.encode_prompt([""])
+    latents = pin_first_frame(seeded_noise(seeds, shape, model.device), first_frame)
     solver = model.solver(num_steps)
     for step, timestep in enumerate(solver.timesteps):
         t = (timestep.float() / 1000).expand(len(latents))
-        predict = partial(guided_velocity, model, t=t, text=text, guidance_scale=guidance_scale, negative_text=negative)
+        predict = partial(
+            guided_velocity,
+            model,
+            t=t,
+            text=text,
+            guidance_scale=guidance_scale,
+            negative_text=negative,
+            pinned=first_frame is not None,
+        )
         if guidance is not None and guidance.acts(step):
             velocity = guidance.velocity(predict, latents, t, prompts)
         else:
             velocity = predict(latents)
-        latents = solver.step(velocity, timestep, latents, return_dict=False)[0]
+        latents = pin_first_frame(solver.step(velocity, timestep, latents, return_dict=False)[0], first_frame)
     if not bool(torch.isfinite(latents).all()):
         raise UserError(
             "the sampled latents are not finite: the weights or the LoRA are broken, or the number format is too narrow"
@@ -191,6 +222,16 @@ def _write(model: VideoModel, path: Path, latents: Float[Tensor, "C T H W"], fps
         with atomic_path(path.with_suffix(".safetensors")) as temporary:
             save_file({"latents": latents.cpu().contiguous()}, str(temporary))
     write_video(path, model.decode(latents[None])[0], fps)
+
+
+@torch.no_grad()
+def _first_latents(
+    model: VideoModel, files: Sequence[Path | str] | None, chosen: Sequence[int], size: tuple[int, int]
+) -> Float[Tensor, "B C 1 H W"] | None:
+    if files is None:
+        return None
+    images = torch.stack([read_image(files[i], size) for i in chosen])  # (B, 3, H, W)
+    return model.encode_video(images[:, :, None])
 
 
 def _is_done(path: Path, save_latents: bool) -> bool:
@@ -209,7 +250,13 @@ def _digest(lora: str | Path) -> str:
     files = [file for file in files if file.is_file()]
     if not files:
         raise UserError(f"no LoRA at {lora}; give a .safetensors file or a run's directory")
-    return hashlib.sha256(files[0].read_bytes()).hexdigest()[:16]
+    return _file_digest(files[0])
+
+
+def _file_digest(file: Path) -> str:
+    if not file.is_file():
+        raise UserError(f"{file} does not exist")
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
 
 
 def _check_settings(path: Path, settings: dict[str, Any]) -> None:

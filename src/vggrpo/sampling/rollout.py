@@ -1,9 +1,8 @@
 """Roll-outs: videos from the stochastic sampler, with what the policy gradient needs to score them again.
 
 Only the steps of the **window** are stochastic and trained; the others are plain Euler steps of the ODE, need no
-log-probability and
-keep no state. Samples that start from the same noise and prompt share everything before the window, so it is computed
-once for them.
+log-probability and keep no state. Samples that start from the same noise and prompt share everything before the window,
+so it is computed once for them.
 """
 
 from __future__ import annotations
@@ -12,11 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from vggrpo.errors import UserError
 from vggrpo.models.base import VideoModel
+from vggrpo.sampling.first_frame import acted_frames, frame_times, pin_first_frame
 from vggrpo.sampling.flow_sde import Variant, ode_step, sde_step
 from vggrpo.sampling.seeds import derive_seed, seeded_noise
 
@@ -44,6 +44,8 @@ class Trajectory:
         next_samples: W tensors, the state after it (where steps follow each other, the same tensor as the next
             `samples`).
         log_probs: (B, W), under the policy that made them.
+        means: W tensors, the Gaussians' means; kept only when asked for, else empty.
+        pinned: whether the first latent frame was given.
     """
 
     latents: Float[Tensor, "B C T H W"]
@@ -52,6 +54,13 @@ class Trajectory:
     samples: tuple[Float[Tensor, "B C T H W"], ...]
     next_samples: tuple[Float[Tensor, "B C T H W"], ...]
     log_probs: Float[Tensor, "B W"]
+    means: tuple[Float[Tensor, "B C T H W"], ...] = ()
+    pinned: bool = False
+
+    @property
+    def mask(self) -> Bool[Tensor, "1 1 T 1 1"] | None:
+        """Where the policy acts; None: everywhere."""
+        return acted_frames(self.latents.shape[2], self.latents.device) if self.pinned else None
 
 
 def guided_velocity(
@@ -62,9 +71,12 @@ def guided_velocity(
     *,
     guidance_scale: float = 1.0,
     negative_text: Float[Tensor, "1 L D"] | None = None,
+    pinned: bool = False,
 ) -> Float[Tensor, "B C T H W"]:
     """Velocity with classifier-free guidance `v_neg + g (v - v_neg)`; `g = 1` is the plain velocity at half the
-    cost."""
+    cost. `pinned`: the first latent frame is given and clean, whatever `t`."""
+    if pinned:
+        t = frame_times(t, latents.shape[2])
     if guidance_scale == 1.0:
         return model.predict_velocity(latents, t, text)
     if negative_text is None:
@@ -72,7 +84,7 @@ def guided_velocity(
             f"guidance_scale is {guidance_scale} but no negative text was given; encode the prompt '' and pass it"
         )
     both = torch.cat([text, negative_text.expand_as(text)])
-    velocity, negative = model.predict_velocity(latents.repeat(2, 1, 1, 1, 1), t.repeat(2), both).chunk(2)
+    velocity, negative = model.predict_velocity(latents.repeat(2, 1, 1, 1, 1), torch.cat([t, t]), both).chunk(2)
     return negative + guidance_scale * (velocity - negative)
 
 
@@ -121,6 +133,8 @@ def rollout(
     micro_batch: int | None = None,
     prompt_ids: Sequence[int] | None = None,
     offload: bool = False,
+    first_frame: Float[Tensor, "B C 1 H W"] | None = None,
+    keep_means: bool = False,
 ) -> Trajectory:
     """Sample B videos' latents.
 
@@ -139,31 +153,39 @@ def rollout(
         prompt_ids: which prompt each sample has; samples of one prompt and one noise seed then share the steps before
             the window.
         offload: keep the kept states on the CPU.
+        first_frame: the given first latent frame of each sample (image to video); None: none.
+        keep_means: keep the Gaussians' means too.
     """
     noise = noise or NoiseSettings()
     batch, steps = len(noise_seeds), tuple(sorted(sde_steps))
     sigmas = sigmas.to(model.device)
-    chunks = _Chunks(model, micro_batch or batch, guidance_scale, negative_text)
+    chunks = _Chunks(model, micro_batch or batch, guidance_scale, negative_text, first_frame is not None)
+    mask = None if first_frame is None else acted_frames(shape[1], model.device)
     shared, index = _distinct(prompt_ids, noise_seeds)
     start = steps[0] if steps else 0
     latents = seeded_noise([noise_seeds[i] for i in shared], shape, model.device)
+    latents = pin_first_frame(latents, None if first_frame is None else first_frame[shared])
     for i in range(start):
-        latents = ode_step(latents, chunks.velocity(latents, sigmas[i], text[shared]), sigmas[i], sigmas[i + 1])
+        velocity = chunks.velocity(latents, sigmas[i], text[shared])
+        latents = ode_step(latents, velocity, sigmas[i], sigmas[i + 1], mask=mask)
     latents = latents[index]
-    samples, next_samples, log_probs = [], [], []
+    samples, next_samples, log_probs, means = [], [], [], []
     for i in range(start, len(sigmas) - 1):
         velocity = chunks.velocity(latents, sigmas[i], text)
         if i not in steps:
-            latents = ode_step(latents, velocity, sigmas[i], sigmas[i + 1])
+            latents = ode_step(latents, velocity, sigmas[i], sigmas[i + 1], mask=mask)
             continue
         eps = seeded_noise([derive_seed(seed, i) for seed in step_seeds], shape, model.device)
-        step = sde_step(latents, velocity, sigmas[i], sigmas[i + 1], noise=eps, **vars(noise))
+        step = sde_step(latents, velocity, sigmas[i], sigmas[i + 1], noise=eps, mask=mask, **vars(noise))
         samples.append(next_samples[-1] if next_samples and i - 1 in steps else _keep(latents, offload))
         next_samples.append(_keep(step.next_sample, offload))
         log_probs.append(step.log_prob)
+        means += [_keep(step.mean, offload)] if keep_means else []
         latents = step.next_sample
     scores = torch.stack(log_probs, dim=1) if steps else latents.new_zeros(batch, 0)
-    return Trajectory(latents, sigmas, steps, tuple(samples), tuple(next_samples), scores)
+    return Trajectory(
+        latents, sigmas, steps, tuple(samples), tuple(next_samples), scores, tuple(means), mask is not None
+    )
 
 
 def ode_sample(
@@ -199,11 +221,18 @@ class _Chunks:
     size: int
     guidance_scale: float
     negative_text: Tensor | None
+    pinned: bool
 
     def velocity(self, latents: Tensor, t: Tensor, text: Tensor) -> Tensor:
         parts = [
             guided_velocity(
-                self.model, x, t.expand(len(x)), y, guidance_scale=self.guidance_scale, negative_text=self.negative_text
+                self.model,
+                x,
+                t.expand(len(x)),
+                y,
+                guidance_scale=self.guidance_scale,
+                negative_text=self.negative_text,
+                pinned=self.pinned,
             )
             for x, y in zip(latents.split(self.size), text.split(self.size), strict=True)
         ]

@@ -1,0 +1,91 @@
+"""What is watched beside the loss: rewards, their spread, and whether the videos stand still.
+
+The cheapest consistent world is an empty, still one. So the camera's travel and the share of moving pixels are measured
+on the base model too, once per prompt and with the same sampler, and a run whose motion falls far below warns.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+MEMORY = 10
+"""Updates over which motion is averaged before it is judged."""
+
+
+class MotionWatch:
+    """Motion of the policy's videos relative to the base model's, over the last updates.
+
+    Args:
+        floor: warn under this share of the base model's motion; 0 = never.
+    """
+
+    def __init__(self, floor: float) -> None:
+        self.floor = floor
+        self.base: dict[str, tuple[float, float]] = {}  # prompt -> (camera travel, share of moving pixels)
+        self.recent: list[list[float]] = []
+
+    def metrics(self, prompts: Sequence[str], travel: float, share: float, number: int) -> dict[str, float]:
+        """The log's numbers of one update, and the warning when it is due.
+
+        Args:
+            prompts: of the update.
+            travel: mean camera travel of its videos.
+            share: mean share of moving pixels, NaN where the geometry model does not tell.
+            number: of the update.
+        """
+        known = [self.base.get(prompt, (math.nan, math.nan)) for prompt in prompts]
+        base_travel, base_share = (mean_of(torch.tensor([pair[i] for pair in known])) for i in range(2))
+        ratios = [_ratio(travel, base_travel), _ratio(share, base_share)]
+        self.recent = [*self.recent, ratios][-MEMORY:]
+        if self.floor > 0 and len(self.recent) == MEMORY and (number + 1) % MEMORY == 0:
+            for name, column in zip(
+                ("camera travel", "share of moving pixels"), zip(*self.recent, strict=True), strict=True
+            ):
+                average = mean_of(torch.tensor(column))
+                if average < self.floor:
+                    logger.warning(
+                        "the %s fell to %.0f %% of the base model's over the last %d updates: the videos come to a "
+                        "standstill; raise grpo.kl, or add the reward camera_motion_hinge",
+                        name, 100 * average, MEMORY,
+                    )  # fmt: skip
+        return {
+            "camera_travel_base": base_travel,
+            "dynamic_share_base": base_share,
+            "camera_travel_ratio": ratios[0],
+            "dynamic_share_ratio": ratios[1],
+        }
+
+
+def reward_metrics(
+    names: Sequence[str],
+    values: Float[Tensor, "R N"],
+    valid: Bool[Tensor, "R N"],
+    group: Int[Tensor, " N"],
+    watched: Mapping[str, Float[Tensor, " N"]],
+) -> dict[str, float]:
+    """Means of the rewards over valid samples, their spread within groups, and what is watched."""
+    metrics: dict[str, float] = {}
+    groups = int(group.max()) + 1
+    for name, value, ok in zip(names, values, valid, strict=True):
+        metrics[f"reward/{name}"] = mean_of(value[ok])
+        spreads = [value[ok & (group == g)].std(correction=0) for g in range(groups) if bool((ok & (group == g)).any())]
+        metrics[f"group_std/{name}"] = mean_of(torch.stack(spreads)) if spreads else math.nan
+    metrics["samples/invalid"] = float((~valid.all(dim=0)).sum())
+    return metrics | {name: mean_of(value) for name, value in watched.items()}
+
+
+def mean_of(values: Tensor) -> float:
+    """Mean of the finite values, NaN if there is none."""
+    finite = values[torch.isfinite(values)]
+    return float(finite.mean()) if len(finite) else math.nan
+
+
+def _ratio(value: float, base: float) -> float:
+    return value / base if math.isfinite(base) and base > 0 else math.nan

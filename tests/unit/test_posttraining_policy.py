@@ -1,0 +1,244 @@
+"""What is trained and how: full fine-tuning, averages, compilation, guarded ratios, cached conditions, validation."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_posttraining_trainer import PROMPTS, adapter, assert_same_run, config_for, fake_lgm, rows
+from test_posttraining_trainer import train as run
+
+from vggrpo.checkpoint import load_latest
+from vggrpo.config import load_config
+from vggrpo.distributed import Processes
+from vggrpo.errors import UserError
+from vggrpo.models.wan import WanVideoModel
+from vggrpo.posttraining import clipped_policy_loss, gaussian_kl, train
+from vggrpo.posttraining.conditions import Conditions
+from vggrpo.posttraining.policy import Policy
+from vggrpo.posttraining.watch import MEMORY, MotionWatch
+from vggrpo.tracking import Tracker
+
+FULL = ["model.tune=full", "optim.learning_rate=1e-4"]
+
+
+def policy_of(pipeline, tmp_path, *overrides):
+    config = config_for(pipeline, tmp_path, overrides)
+    model = WanVideoModel.from_pretrained(pipeline)
+    return Policy(config, model, Processes()), model
+
+
+def set_gradients(policy, value):
+    for parameter in policy.parameters:
+        parameter.grad = torch.full_like(parameter, value)
+
+
+@pytest.mark.parametrize("overrides", [[], FULL], ids=["lora", "full"])
+def test_the_reference_is_the_model_at_the_start(tiny_wan_dir, tmp_path, overrides):
+    policy, model = policy_of(tiny_wan_dir, tmp_path, *overrides)
+    plain = WanVideoModel.from_pretrained(tiny_wan_dir)
+    torch.manual_seed(0)
+    x, t, text = torch.randn(1, 4, 2, 4, 4), torch.tensor([0.5]), torch.randn(1, 512, 16)
+    set_gradients(policy, 1.0)
+    policy.step(0)
+    with torch.no_grad():
+        tuned = model.predict_velocity(x, t, text)
+        with policy.reference():
+            torch.testing.assert_close(model.predict_velocity(x, t, text), plain.predict_velocity(x, t, text))
+        assert torch.equal(model.predict_velocity(x, t, text), tuned)
+    assert not torch.allclose(tuned, plain.predict_velocity(x, t, text), atol=1e-6)
+
+
+def test_full_fine_tuning_resumes_bit_for_bit_and_exports_a_transformer(tiny_wan_dir, tmp_path):
+    from diffusers import WanTransformer3DModel
+
+    run(tiny_wan_dir, tmp_path / "whole", FULL, updates=2)
+    run(tiny_wan_dir, tmp_path / "parts", FULL, updates=1)
+    exported = run(tiny_wan_dir, tmp_path / "parts", FULL, updates=2)
+    assert rows(tmp_path / "whole") == rows(tmp_path / "parts")
+    assert rows(tmp_path / "whole")[1]["kl"] > 0  # the copy of the first weights is the reference
+    loaded = WanTransformer3DModel.from_pretrained(str(exported)).state_dict()
+    last = load_latest(tmp_path / "whole" / "checkpoints").tensors["adapter"]
+    assert all(torch.equal(last[name], loaded[name]) for name in loaded)
+    before = WanVideoModel.from_pretrained(tiny_wan_dir).transformer.state_dict()
+    assert sum(not torch.equal(before[name], loaded[name]) for name in loaded) > len(loaded) / 2
+
+
+def test_full_fine_tuning_in_bfloat16_keeps_float32_weights(tiny_wan_dir, tmp_path):
+    run(tiny_wan_dir, tmp_path, [*FULL, "model.dtype=bfloat16"], updates=1)
+    assert rows(tmp_path)[0]["grad_norm"] > 0
+    adapter = load_latest(tmp_path / "checkpoints").tensors["adapter"]
+    assert {value.dtype for value in adapter.values()} == {torch.float32}
+
+
+def test_the_average_follows_its_formula_and_is_exported(tiny_wan_dir, tmp_path):
+    policy, _ = policy_of(tiny_wan_dir, tmp_path, "optim.ema=0.75")
+    expected = [p.detach().clone() for p in policy.parameters]
+    for number in range(3):
+        set_gradients(policy, 1.0)
+        policy.step(number)
+        expected = [0.75 * e + 0.25 * p.detach() for e, p in zip(expected, policy.parameters, strict=True)]
+    now = [p.detach().clone() for p in policy.parameters]
+    with policy.averaged():
+        for ours, mean in zip(policy.parameters, expected, strict=True):
+            torch.testing.assert_close(ours.detach(), mean)
+    assert all(torch.equal(p, kept) for p, kept in zip(policy.parameters, now, strict=True))
+    policy.export(tmp_path)
+    exported = load_file(tmp_path / "lora" / "pytorch_lora_weights.safetensors")
+    assert any(torch.allclose(mean, value) for value in exported.values() for mean in expected if mean.any())
+
+
+def test_the_average_resumes_bit_for_bit(tiny_wan_dir, tmp_path):
+    for name, parts in (("whole", [2]), ("parts", [1, 2])):
+        for updates in parts:
+            run(tiny_wan_dir, tmp_path / name, ["optim.ema=0.9"], updates=updates)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_guarded_ratio_is_the_noise_times_the_shift():
+    """log ratio + shift = eps . (mu - mu_old) / std on average, so times std it no longer depends on the step."""
+    torch.manual_seed(0)
+    old, shift, eps = torch.randn(3, 4, 50, dtype=torch.float64)
+    for std in (0.03, 0.3):
+        x, new = old + std * eps, old + 1e-3 * shift
+        log_prob, old_log_prob = (torch.distributions.Normal(mean, std).log_prob(x).mean(1) for mean in (new, old))
+        result = clipped_policy_loss(
+            log_prob, old_log_prob, torch.ones(4, dtype=torch.float64), clip=0.5,
+            mean_shift=gaussian_kl(new, old, torch.tensor(std)), std=std, step_length=0.1,
+        )  # fmt: skip
+        torch.testing.assert_close(result.ratio.log(), (eps * (new - old)).mean(1), rtol=1e-6, atol=1e-12)
+        torch.testing.assert_close(result.per_sample, -result.ratio / 0.1)
+
+
+def test_a_guarded_run_starts_at_ratio_one(tiny_wan_dir, tmp_path):
+    run(tiny_wan_dir, tmp_path, ["grpo.ratio_norm=true"])
+    assert rows(tmp_path)[0]["grad_norm"] > 0
+    assert all(abs(row["ratio"] - 1) < 1e-2 for row in rows(tmp_path))
+
+
+def test_prompts_are_encoded_once_and_the_encoder_is_not_loaded_again(tiny_wan_dir, tmp_path, monkeypatch):
+    first = train(
+        config_for(tiny_wan_dir, tmp_path / "a", [f"data.cache={tmp_path / 'cache'}"]),
+        lgm=fake_lgm, prompts=PROMPTS, progress=False,
+    )  # fmt: skip
+    loaded = []
+    load = WanVideoModel.from_pretrained.__func__
+
+    def spy(cls, *arguments, load_text=True, load_vae=True, **options):
+        loaded.append((load_text, load_vae))
+        return load(cls, *arguments, load_text=load_text, load_vae=load_vae, **options)
+
+    monkeypatch.setattr(WanVideoModel, "from_pretrained", classmethod(spy))
+    second = train(
+        config_for(tiny_wan_dir, tmp_path / "b", [f"data.cache={tmp_path / 'cache'}"]),
+        lgm=fake_lgm, prompts=PROMPTS, progress=False,
+    )  # fmt: skip
+    assert loaded == [(False, False)] and first != second
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+def test_cached_text_equals_the_encoder(tiny_wan_dir, tmp_path):
+    prompts = ["a red box", "word " * 600]
+    conditions = Conditions(config_for(tiny_wan_dir, tmp_path), prompts)
+    model = WanVideoModel.from_pretrained(tiny_wan_dir)
+    assert conditions.missing_prompts() == [*prompts, ""]
+    conditions.encode(model, Processes())
+    assert conditions.missing_prompts() == []
+    cached = conditions.text(["", prompts[1], prompts[0]], torch.device("cpu"))
+    with torch.no_grad():
+        for row, prompt in zip(cached, ["", prompts[1], prompts[0]], strict=True):
+            assert torch.equal(row, model.encode_prompt([prompt])[0])
+    next(iter(conditions.folder.glob("text-*"))).write_bytes(b"")
+    with pytest.raises(UserError, match="delete it"):
+        conditions.text(["", *prompts], torch.device("cpu"))
+
+
+def test_a_standstill_is_warned_of(caplog):
+    watch = MotionWatch(0.5)
+    watch.base = {"a": (2.0, 0.4)}
+    for number in range(MEMORY - 1):
+        assert watch.metrics(["a"], 0.4, 0.4, number)["camera_travel_ratio"] == pytest.approx(0.2)
+        assert not caplog.text
+    watch.metrics(["a"], 0.4, 0.4, MEMORY - 1)
+    assert "camera travel fell to 20 %" in caplog.text and "moving pixels" not in caplog.text
+
+
+def test_validation_leaves_videos_and_numbers_and_changes_nothing(tiny_wan_dir, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red box\nblue\n")
+    options = [
+        "validation.every=1", f"validation.prompts={tmp_path / 'prompts.txt'}", "validation.num_steps=2",
+        "validation.videos=1",
+    ]  # fmt: skip
+    run(tiny_wan_dir, tmp_path / "a", options)
+    run(tiny_wan_dir, tmp_path / "b")
+    assert rows(tmp_path / "a") == rows(tmp_path / "b")
+    lines = [json.loads(line) for line in (tmp_path / "a" / "validation.jsonl").read_text().splitlines()]
+    assert [line["update"] for line in lines] == [0, 1, 2]
+    assert lines[0]["camera_travel"] == pytest.approx(lines[0]["camera_travel_base"])  # nothing is tuned yet
+    assert lines[2]["reward/camera_motion_smoothness"] != lines[0]["reward/camera_motion_smoothness"]
+    assert (tmp_path / "a" / "validation" / "000002" / "0.mp4").is_file()
+
+
+def test_videos_and_numbers_reach_every_tracker(tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    calls = []
+    fake = types.ModuleType("wandb")
+    fake.init = lambda **options: calls.append(("init", options["resume"], options["config"]))
+    fake.log = lambda values, step: calls.append(("log", sorted(values), step))
+    fake.Video = lambda path, format: path
+    fake.finish = lambda: calls.append(("finish",))
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    frames = torch.zeros(3, 8, 8, 3, dtype=torch.uint8)
+    with Tracker(tmp_path, total=1, progress=False, trackers=["wandb"], settings={"seed": 1}) as tracker:
+        tracker.log(0, {"loss": 1.0})
+        tracker.validate(1, {"reward/x": 2.0}, [frames])
+    assert calls == [
+        ("init", "allow", {"seed": 1}), ("log", ["loss"], 0), ("log", ["validation/reward/x"], 1),
+        ("log", ["validation/0"], 1), ("finish",),
+    ]  # fmt: skip
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert events.Images("validation/0")[0].encoded_image_string[:4] == b"GIF8"
+    assert events.Scalars("validation/reward/x")[0].value == 2.0
+    with pytest.raises(UserError, match=r"vggrpo\[trackio\]"):
+        monkeypatch.setitem(sys.modules, "trackio", None)
+        Tracker(tmp_path / "other", total=1, progress=False, trackers=["trackio"])
+
+
+def test_a_smaller_micro_batch_resumes(tiny_wan_dir, tmp_path):
+    """It is what the message after running out of memory asks for."""
+    run(tiny_wan_dir, tmp_path, updates=1)
+    run(tiny_wan_dir, tmp_path, ["grpo.micro_batch=2", "sampling.micro_batch=3"], updates=2)
+    assert [row["update"] for row in rows(tmp_path)] == [0, 1] and adapter(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"grpo": {"ratio_norm": True}, "sampling": {"variant": "cps"}}, "ratio_norm"),
+        ({"validation": {"every": 1}, "data": {"prompts": "p.txt"}}, r"validation\.prompts"),
+        ({"trackers": ["excel"]}, "trackers"),
+    ],
+)
+def test_fields_that_do_not_fit(values, message):
+    with pytest.raises(UserError, match=message):
+        load_config(values)
+
+
+def test_sharding_needs_several_processes(tiny_wan_dir, tmp_path):
+    with pytest.raises(UserError, match="torchrun"):
+        run(tiny_wan_dir, tmp_path, ["model.shard=true"])
+
+
+@pytest.mark.parametrize(("size", "expected"), [(2, [5, 5]), (3, [4, 3, 3]), (4, [3, 3, 2, 2])])
+def test_shares_cover_all_samples_once(size, expected):
+    shares = [range(10)[Processes(rank, size).share(10)] for rank in range(size)]
+    assert [len(share) for share in shares] == expected
+    assert [i for share in shares for i in share] == list(range(10))
+    with pytest.raises(UserError, match="cannot be shared by 11"):
+        Processes(0, 11).share(10)
