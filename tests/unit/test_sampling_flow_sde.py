@@ -70,7 +70,7 @@ def test_each_variant_equals_its_formula(variant, t, share, a):
     single = sde_step(
         x.float(), v.float(), t, t_next, noise_level=a, variant=variant, noise=noise.float(), **OPTIONS[variant]
     )
-    torch.testing.assert_close(single.mean.double(), mean, rtol=1e-4, atol=1e-4)
+    assert (single.mean.double() - mean).abs().max() < 1e-5 * mean.abs().max().clamp_min(1)
 
 
 @pytest.mark.parametrize("variant", OPTIONS)
@@ -98,11 +98,15 @@ def test_times_per_sample_equal_separate_calls():
     torch.testing.assert_close(both.log_prob[1:], one.log_prob)
 
 
+@pytest.mark.parametrize("variant", OPTIONS)
 @pytest.mark.parametrize("t", [1.0, 0.9999990])
-def test_scale_stays_bounded_at_the_start(t):
-    x = torch.zeros(1, 8)
-    step = sde_step(x, x, t, 0.96, noise_level=0.7, noise=x)
-    assert step.std <= 0.7 + 1e-6  # without the stand-in s is 695 at .9999990
+def test_the_start_is_finite_and_bounded(t, variant):
+    x, v = torch.randn(2, 1, 8, generator=torch.Generator().manual_seed(0))
+    step = sde_step(x, v, t, 0.96, noise_level=0.7, variant=variant, noise=x, **OPTIONS[variant])
+    assert step.std <= 0.9 and step.mean.abs().max() < 10  # without the stand-in flow_grpo's s is 695 at .9999990
+    assert step.log_prob.isfinite().all()
+    almost = sde_step(x, v, 0.9999, 0.96, noise_level=0.7, variant=variant, noise=x, **OPTIONS[variant])
+    torch.testing.assert_close(step.mean, almost.mean, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("variant", OPTIONS)
@@ -159,4 +163,4 @@ def test_marginals_on_a_gaussian_with_exact_velocity(variant, expected):
             x = ode_step(x, velocity, t, t_next)
         else:
             x = sde_step(x, velocity, t, t_next, noise_level=0.7, variant=variant, **OPTIONS[variant]).next_sample
-    assert abs(float(x.std()) / expected - 1) < 0.015
+    assert abs(float(x.std()) / expected - 1) < 0.01

@@ -56,6 +56,23 @@ def test_equals_plain_diffusers_with_the_lora(pipeline_dir, lora_dir, guidance):
         assert torch.equal(solve(model, PROMPTS[:1], **arguments), base)
 
 
+def test_frames_equal_those_of_plain_diffusers_with_the_lora(pipeline_dir, lora_dir):
+    from diffusers import WanPipeline
+
+    pipe = WanPipeline.from_pretrained(str(pipeline_dir))
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_lora_weights(str(lora_dir))
+    theirs = pipe(
+        PROMPTS[0], generator=torch.Generator().manual_seed(video_seed(0, 0)), output_type="pt", height=16, width=32,
+        num_frames=5, num_inference_steps=3, guidance_scale=1.0,
+    ).frames  # (B, T, 3, H, W)  # fmt: skip
+    model = WanVideoModel.from_pretrained(pipeline_dir)
+    load_lora(model.transformer, lora_dir)
+    latents = solve(model, PROMPTS[:1], shape=(4, 2, 2, 4), seeds=[video_seed(0, 0)], num_steps=3)
+    with torch.no_grad():
+        torch.testing.assert_close(model.decode(latents).transpose(1, 2), theirs, rtol=0, atol=1 / 255)
+
+
 def test_arms_are_pairs_and_finished_files_are_kept(tiny_wan_dir, tmp_path):
     options = {"pipeline": tiny_wan_dir, "seeds": (0, 1), "micro_batch": 4, "save_latents": True} | SIZES
     manifest = generate_videos(PROMPTS, tmp_path, **options)

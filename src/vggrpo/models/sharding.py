@@ -16,7 +16,7 @@ from torch import Tensor, nn
 def shard_transformer(transformer: nn.Module, whole: Iterable[nn.Parameter]) -> None:
     """Split the parameters of `transformer` over all processes, block by block, but for those in `whole`.
 
-    All processes must then call it equally often. The gradient of a split parameter is the **sum** over processes.
+    All processes must then call it equally often. FSDP gives a split parameter the **mean** gradient over processes.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -26,7 +26,7 @@ def shard_transformer(transformer: nn.Module, whole: Iterable[nn.Parameter]) -> 
     # A frozen weight that is gathered anew in the backward pass costs traffic, a kept one costs what sharding saves.
     options = {"mesh": mesh, "reshard_after_forward": True, "ignored_params": set(whole)}
     for module in [*transformer.blocks, transformer]:
-        fully_shard(module, **options).set_gradient_divide_factor(1.0)
+        fully_shard(module, **options)
 
 
 def is_split(tensor: Tensor) -> bool:

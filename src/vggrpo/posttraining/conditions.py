@@ -68,11 +68,16 @@ class Conditions:
     @torch.no_grad()
     def encode(self, model: VideoModel, processes: Processes) -> None:
         """Encode what is missing, each process a part, and wait for all."""
-        for prompt in self.missing_prompts()[processes.rank :: processes.size]:
+        # The parts are of all prompts: what is missing changes while other processes write.
+        for prompt in self._prompts[processes.rank :: processes.size]:
+            if self._text_file(prompt).is_file():
+                continue
             embedding = model.encode_prompt([prompt])[0]  # (L, D), zero after the end of the text
             used = int(embedding.ne(0).any(dim=1).nonzero().max()) + 1 if bool(embedding.ne(0).any()) else 0
             _save(self._text_file(prompt), embedding[:used], len(embedding))
-        for image in self.missing_images()[processes.rank :: processes.size]:
+        for image in list(self._images.values())[processes.rank :: processes.size]:
+            if self._image_file(image).is_file():
+                continue
             pixels = read_image(image, self.size)
             _save(self._image_file(image), model.encode_video(pixels[None, :, None])[0], 0)
         processes.barrier()

@@ -99,7 +99,7 @@ class Policy:
         Raises:
             UserError: when loss or gradients are not finite on any process; no parameter was changed.
         """
-        self.processes.sum_gradients([p for p in self.parameters if not is_split(p)])
+        self._sum_gradients()
         norm = whole(nn.utils.clip_grad_norm_(self.parameters, self.config.optim.grad_clip))
         finite = bool(torch.isfinite(norm)) and bool(torch.isfinite(torch.as_tensor(loss)).all())
         if self.processes.any(not finite, self.model.device):
@@ -112,6 +112,13 @@ class Policy:
         for average, parameter in zip(self._average, self.parameters, strict=False):
             average.lerp_(local_part(parameter), 1 - float(self.config.optim.ema or 0))
         return float(norm)
+
+    def _sum_gradients(self) -> None:
+        """Over all processes; FSDP has averaged those of split parameters already."""
+        self.processes.sum_gradients([p for p in self.parameters if not is_split(p)])
+        for parameter in self.parameters:
+            if is_split(parameter) and parameter.grad is not None:
+                parameter.grad.mul_(self.processes.size)
 
     def discard_gradients(self) -> None:
         """Forget what was accumulated."""

@@ -183,7 +183,8 @@ class _Run:
             name: self.processes.gather(state.to(self.model.device)).cpu().chunk(self.processes.size)
             for name, state in mine.items()
         }
-        return [{name: parts[rank] for name, parts in gathered.items()} for rank in range(self.processes.size)]
+        # Clones: a generator does not take a view into a larger tensor.
+        return [{name: parts[rank].clone() for name, parts in gathered.items()} for rank in range(self.processes.size)]
 
 
 def _prepare_model(

@@ -15,13 +15,15 @@ whose Euler-Maruyama step is Gaussian: `mean = x + drift dt`, `std = s sqrt(-dt)
 | `cps` | `std = t_next sin(a pi / 2)` | `mean = (1-t_next) x0 + sqrt(t_next^2 - std^2) eps`, coefficient-preserving |
 
 with `x0 = x - t v`, `eps = x + (1-t) v`. `log_prob` is the **mean** over the dimensions that the policy acts on, so its
-scale does not
-depend on the video's size; `cps` leaves the normaliser out: `-(x_next - mean)^2`.
+scale does not depend on the video's size; `cps` leaves the normaliser out: `-(x_next - mean)^2`.
 
 Near t = 1 the scale of `flow_grpo` diverges. Above `max_t`, `t_next` stands in for `t` inside `1 - t` of the noise
 scale (nowhere else),
 which bounds the step's std by `a`. The default `max_t` of .999 also catches diffusers' UniPC, which starts at 0.9999990
 and would give s = 695.
+
+`cps` does not keep the flow's marginals, however fine the steps: on data N(0, .5^2) with the exact velocity, a = .7 and
+1,000 steps it ends at a standard deviation of .426, the Euler variants at .5 within 1 %.
 
 The last step (t_next = 0) adds noise that nothing removes in the Euler variants, and none in `cps`: roll-outs keep it
 deterministic.

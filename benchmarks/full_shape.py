@@ -1,0 +1,233 @@
+"""One whole GRPO update at full shape with random weights: seconds by stage and peak memory.
+
+    python benchmarks/full_shape.py wan2.1-t2v-1.3b data.num_frames=33 grpo.samples_per_prompt=8 [key=value ...]
+    python benchmarks/full_shape.py wan2.1-t2v-1.3b --account       # without a GPU: count what autograd would keep
+
+Weights, text and prompts are random, so nothing is downloaded; the transformer has the recipe's own shape. The geometry
+reader is the recipe's LGM where it is on this machine, else a stand-in of one strided convolution, whose share of the
+time then says nothing (`reward_is_a_stand_in` in the output).
+
+`--account` runs one block under torch's fake tensors (no memory, no arithmetic) and counts the bytes that autograd
+keeps, with LoRA and merged text; `vggrpo doctor` estimates the same from a formula.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from torch import Tensor, nn
+
+from vggrpo import assets
+from vggrpo.config import EMBEDDED, TrainConfig, load_config
+from vggrpo.distributed import Processes
+from vggrpo.doctor import TransformerShape, pipeline_shape, training_memory
+from vggrpo.geometry import GeometryPrediction
+from vggrpo.models.base import LatentSpec
+from vggrpo.models.loading import pick_device
+from vggrpo.models.wan import WanVideoModel
+from vggrpo.posttraining.algorithm import Context
+from vggrpo.posttraining.grpo import GRPO
+from vggrpo.posttraining.policy import Policy
+from vggrpo.tracking import Stopwatch
+
+TEXT_DIM, TEXT_TOKENS, HEAD_DIM = 4096, 60, 128
+_GIB = 1024**3
+
+
+def build_transformer(shape: TransformerShape, dtype: torch.dtype, layers: int | None = None) -> nn.Module:
+    """A `WanTransformer3DModel` of that shape with random weights, on the current default device; what diffusers keeps
+    in float32 when it loads a file stays float32."""
+    from diffusers import WanTransformer3DModel
+
+    channels = 16 if shape.spatial_stride == 8 else 48
+    torch.set_default_dtype(dtype)
+    try:
+        transformer = WanTransformer3DModel(
+            num_attention_heads=shape.dim // HEAD_DIM,
+            attention_head_dim=HEAD_DIM,
+            in_channels=channels,
+            out_channels=channels,
+            text_dim=TEXT_DIM,
+            ffn_dim=shape.ffn_dim,
+            num_layers=shape.layers if layers is None else layers,
+        )
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name, parameter in transformer.named_parameters():
+        if any(part in name.split(".") for part in transformer._keep_in_fp32_modules):
+            parameter.data = parameter.data.float()
+    return transformer
+
+
+def random_text(batch: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Embeddings (B, 512, D) of texts of 60 tokens."""
+    text = torch.zeros(batch, 512, TEXT_DIM, dtype=dtype, device=device)
+    text[:, :TEXT_TOKENS] = torch.randn(TEXT_TOKENS, TEXT_DIM, generator=torch.Generator().manual_seed(0))
+    return text
+
+
+def wrap(transformer: nn.Module, shape: TransformerShape) -> WanVideoModel:
+    """The transformer as the trainer sees it, without text encoder and VAE."""
+    spec = LatentSpec(transformer.config.in_channels, spatial_stride=shape.spatial_stride)
+    scheduler = SimpleNamespace(config={})
+    return WanVideoModel(transformer, scheduler, latent_spec=spec, expand_timesteps=shape.spatial_stride == 16)
+
+
+def account(config: TrainConfig) -> dict[str, float]:
+    """GiB that one backward pass of `grpo.micro_batch` videos keeps: counted, and by the doctor's formula."""
+    shape = _shape(config)
+    dtype = getattr(torch, config.model.dtype)
+    kept = [_kept_bytes(config, shape, dtype, layers) for layers in (1, 2)]
+    block, outside = kept[1] - kept[0], 2 * kept[0] - kept[1]
+    batch, checkpointing = config.grpo.micro_batch, config.model.gradient_checkpointing
+    tokens = shape.tokens(config.data.num_frames, config.data.height, config.data.width)
+    inputs = dtype.itemsize * batch * tokens * shape.dim
+    counted = outside + (block + shape.layers * inputs if checkpointing else shape.layers * block)
+    estimate = training_memory(
+        shape, tokens, rank=config.lora.rank, batch=batch, weight_bytes=dtype.itemsize, checkpointing=checkpointing
+    ) - training_memory(shape, 0, rank=config.lora.rank, weight_bytes=dtype.itemsize)
+    return {
+        "tokens": tokens,
+        "block_gib": block / _GIB,
+        "values_a_token_and_block": block / (dtype.itemsize * batch * tokens),
+        "formula_values": 14 * shape.dim + 3 * shape.ffn_dim,
+        "activations_gib": counted / _GIB,
+        "doctor_gib": estimate,
+    }
+
+
+def _kept_bytes(config: TrainConfig, shape: TransformerShape, dtype: torch.dtype, layers: int) -> int:
+    """Bytes of distinct storages that autograd keeps of a forward pass with so many layers, weights left out."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    kept: dict[int, int] = {}
+    with torch.device("meta"):
+        transformer = build_transformer(shape, dtype, layers)
+    model = wrap(transformer, shape)
+    transformer.add_adapter(LoraConfig(r=config.lora.rank, target_modules=list(config.lora.targets)))
+    with FakeTensorMode():
+        _become_fake(transformer)
+        weights = {parameter.untyped_storage()._cdata for parameter in transformer.parameters()}
+        size = model.latent_spec.latent_shape(config.data.num_frames, config.data.height, config.data.width)
+        batch = config.grpo.micro_batch
+        latents, times = torch.zeros(batch, *size), torch.zeros(batch)
+        text = torch.zeros(batch, TEXT_TOKENS + 1, TEXT_DIM)  # as merging leaves it; fake values cannot be looked at
+
+        def note(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in weights:
+                kept[storage._cdata] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            # As predict_velocity does, without the look at the text's values.
+            output = transformer(
+                hidden_states=latents.to(dtype),
+                timestep=model._timesteps(latents, times),
+                encoder_hidden_states=text.to(dtype),
+                return_dict=False,
+            )[0]
+        assert output.shape == latents.shape
+    return sum(kept.values())
+
+
+def _become_fake(module: nn.Module) -> None:
+    """Meta tensors -> fake ones that claim to be on the CPU, so that attention takes the path that keeps no scores."""
+    for part in module.modules():
+        for tensors in (part._parameters, part._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None:
+                    continue
+                fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+                if isinstance(tensor, nn.Parameter):
+                    trained = "lora_" in name or tensor.requires_grad
+                    fake = nn.Parameter(fake.float() if trained else fake, requires_grad=trained)
+                tensors[name] = fake
+
+
+def measure(config: TrainConfig) -> dict[str, Any]:
+    """Seconds by stage, peak memory and the reward's share of one update, after one that warms up."""
+    device = pick_device(config.model.device)
+    shape = _shape(config)
+    with device:
+        transformer = build_transformer(shape, getattr(torch, config.model.dtype))
+    model = wrap(transformer, shape)
+    processes = Processes.join()
+    policy = Policy(config, model, processes)
+    reader, stand_in = _reader(config, device)
+    conditions = SimpleNamespace(
+        text=lambda prompts, where: random_text(len(prompts), where, transformer.dtype),
+        first_frames=lambda prompts, where: None,
+        has_first_frames=False,
+    )
+    prompts = [f"prompt {i}" for i in range(2 * config.grpo.prompts_per_update)]
+    grpo = GRPO(Context(config, model, policy, reader, prompts, conditions, processes))  # type: ignore[arg-type]
+    result: dict[str, Any] = {}
+    for number in range(2):
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        watch = Stopwatch(device)
+        with watch.stage("total"):
+            metrics = grpo.update(number, watch)
+        result = {f"seconds/{name}": seconds for name, seconds in watch.seconds.items()}
+    if device.type == "cuda":
+        result["peak_gib"] = torch.cuda.max_memory_allocated(device) / _GIB
+    videos = config.grpo.prompts_per_update * config.grpo.samples_per_prompt
+    return result | {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "videos": videos,
+        "tokens": shape.tokens(config.data.num_frames, config.data.height, config.data.width),
+        "reward_share": result["seconds/reward"] / result["seconds/total"],
+        "reward_is_a_stand_in": stand_in,
+        "grad_norm": metrics["grad_norm"],
+        "ratio_deviation": metrics["ratio_deviation"],
+    }
+
+
+def _shape(config: TrainConfig) -> TransformerShape:
+    return pipeline_shape(str(assets.path("pipeline")) if config.model.path == EMBEDDED else config.model.path)
+
+
+def _reader(config: TrainConfig, device: torch.device) -> tuple[Callable[[Tensor], GeometryPrediction], bool]:
+    from vggrpo.lgm import LatentGeometryModel
+
+    if config.lgm.path == EMBEDDED or Path(config.lgm.path).is_dir():
+        folder = assets.path("lgm") if config.lgm.path == EMBEDDED else Path(config.lgm.path)
+        return LatentGeometryModel.from_pretrained(folder).to(device).eval().requires_grad_(False), False
+    return _stand_in, True
+
+
+def _stand_in(latents: Tensor) -> GeometryPrediction:
+    """Geometry that depends on the latents: one view a latent frame, a depth map of half their size."""
+    batch, _, views, height, width = latents.shape
+    depth = 3 + torch.tanh(latents[:, 0, :, ::2, ::2].float()) * 0.1
+    cameras = torch.eye(4, device=latents.device).repeat(batch, views, 1, 1)
+    cameras[..., :3, 3] = latents.float().mean(dim=(3, 4)).transpose(1, 2)[..., :3].cumsum(1)
+    cameras[:, 0] = torch.eye(4, device=latents.device)
+    rows, columns = depth.shape[-2:]
+    lens = torch.tensor([[columns, 0, columns / 2], [0, columns, rows / 2], [0, 0, 1.0]], device=latents.device)
+    return GeometryPrediction.from_depth(cameras, lens.expand(batch, views, 3, 3), depth, torch.ones_like(depth))
+
+
+def main() -> None:
+    """Print JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", help="a recipe's name or file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--account", action="store_true", help="count memory without a GPU")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        config = load_config(arguments.recipe, [*arguments.overrides, f"output={folder}"])
+        print(json.dumps(account(config) if arguments.account else measure(config), indent=1))
+
+
+if __name__ == "__main__":
+    main()
