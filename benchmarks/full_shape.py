@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from vggrpo import assets
 from vggrpo.config import EMBEDDED, TrainConfig, load_config
 from vggrpo.distributed import Processes
-from vggrpo.doctor import TransformerShape, pipeline_shape, training_memory
+from vggrpo.doctor import TransformerShape, block_values, pipeline_shape, training_memory
 from vggrpo.geometry import GeometryPrediction
 from vggrpo.models.base import LatentSpec
 from vggrpo.models.loading import pick_device
@@ -98,7 +98,7 @@ def account(config: TrainConfig) -> dict[str, float]:
         "tokens": tokens,
         "block_gib": block / _GIB,
         "values_a_token_and_block": block / (dtype.itemsize * batch * tokens),
-        "formula_values": 14 * shape.dim + 3 * shape.ffn_dim,
+        "formula_values": block_values(shape),
         "activations_gib": counted / _GIB,
         "doctor_gib": estimate,
     }
@@ -207,7 +207,7 @@ def _reader(config: TrainConfig, device: torch.device) -> tuple[Callable[[Tensor
 
 def _stand_in(latents: Tensor) -> GeometryPrediction:
     """Geometry that depends on the latents: one view a latent frame, a depth map of half their size."""
-    batch, _, views, height, width = latents.shape
+    batch, views = latents.shape[0], latents.shape[2]
     depth = 3 + torch.tanh(latents[:, 0, :, ::2, ::2].float()) * 0.1
     cameras = torch.eye(4, device=latents.device).repeat(batch, views, 1, 1)
     cameras[..., :3, 3] = latents.float().mean(dim=(3, 4)).transpose(1, 2)[..., :3].cumsum(1)

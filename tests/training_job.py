@@ -18,9 +18,9 @@ import test_posttraining_trainer as trainer_test
 import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 from peft import LoraConfig
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from transformers import AutoTokenizer, UMT5EncoderModel
-from torch import Tensor
 
 from vggrpo import checkpoint
 from vggrpo.distributed import Processes
@@ -86,7 +86,14 @@ def arm(kill: dict) -> None:
     if kill["where"] == "replay":
         before(Replayer, "backward", kill["number"], die)
     if kill["where"] == "rename":
-        before(checkpoint.os, "replace", kill["number"], die)
+        replace = os.replace
+
+        def unless_its_turn(source, target):
+            if Path(target).name == f"step-{kill['number']:06d}":
+                die()
+            replace(source, target)
+
+        checkpoint.os.replace = unless_its_turn
     if kill["where"] == "write":
         plain, calls = torch.save, []
 

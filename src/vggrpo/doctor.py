@@ -87,6 +87,16 @@ def pipeline_shape(path: str) -> TransformerShape:
         raise UserError(f"{path} is no diffusers Wan directory with transformer/ and vae/config.json") from error
 
 
+def block_values(shape: TransformerShape) -> int:
+    """Values a token that autograd keeps of one block with LoRA, in units of the network's number format.
+
+    `19 d + 3 f`, of which the LoRA's float32 copies of its inputs are a third of the first; `18 d` more with a time per
+    token (Wan2.2-TI2V), whose modulation is float32. Within 5 % of what `benchmarks/full_shape.py --account` counts.
+    """
+    times = 18 * shape.dim if shape.spatial_stride == 16 else 0
+    return 19 * shape.dim + 3 * shape.ffn_dim + times
+
+
 def training_memory(
     shape: TransformerShape,
     tokens: int,
@@ -101,7 +111,7 @@ def training_memory(
     """Rough peak memory of an update in GiB, with an attention that keeps no score matrix.
 
     Sum of: the frozen weights; LoRA on the 8 attention projections of each block (fp32 weight, gradient and two Adam
-    moments: 16 bytes each); and what the backward pass needs, about `14 d + 3 f` values a token and block. With
+    moments: 16 bytes each); and what the backward pass needs, `block_values` a token and block. With
     gradient checkpointing that holds for one block at a time, and of the others only the input is kept (`d` values).
     With full fine-tuning every weight has those 16 bytes and 4 of its reference. Not counted: text encoder and VAE,
     which are used before and after, and the geometry model.
@@ -118,7 +128,7 @@ def training_memory(
     """
     weights = (20 if full else weight_bytes) * shape.parameters
     adapter = 0 if full else 16 * shape.layers * 8 * rank * 2 * shape.dim
-    block = 14 * shape.dim + 3 * shape.ffn_dim
+    block = block_values(shape)
     values = shape.layers * shape.dim + block if checkpointing else shape.layers * block
     return (weights + adapter + (value_bytes or weight_bytes) * batch * tokens * values) / _GIB
 

@@ -126,7 +126,7 @@ def test_a_dead_process_ends_the_others_with_an_error(tiny_wan_dir, tmp_path):
     [
         {"where": "replay", "number": 8},  # two inner updates each: the second of update 3 (0 is the first)
         {"where": "write", "number": 4},
-        {"where": "rename", "number": 5},
+        {"where": "rename", "number": 4},
     ],
     ids=["in the update", "while the checkpoint is written", "before it gets its name"],
 )

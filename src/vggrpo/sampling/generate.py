@@ -112,10 +112,10 @@ def generate_videos(
         shape = model.latent_spec.latent_shape(num_frames, *size)
         if lora is not None:
             load_lora(model.transformer, lora)
-        options = {"shape": shape, "num_steps": num_steps, "guidance_scale": guidance_scale}
+        options: dict[str, Any] = {"shape": shape, "num_steps": num_steps, "guidance_scale": guidance_scale}
         for jobs in _batches(missing, micro_batch):
-            _make(model, [(prompts[i], video_seed(i, seed), path) for i, seed, path in jobs], folder,
-                  options | {"first_frame": _first_latents(model, first_frames, [i for i, _, _ in jobs], size)}, steering,
+            options["first_frame"] = _first_latents(model, first_frames, [i for i, _, _ in jobs], size)
+            _make(model, [(prompts[i], video_seed(i, seed), path) for i, seed, path in jobs], folder, options, steering,
                   fps, save_latents)  # fmt: skip
     rows = [ManifestRow(f"{arm}/{path.name}", prompts[i], seed, fps, arm) for i, seed, path in wanted]
     return _write_rows(Path(output) / "manifest.jsonl", rows, arm)
