@@ -44,6 +44,27 @@ def test_compare_prints_a_table_and_writes_json(tmp_path, capsys):
     assert "epipolar_inliers" in (output / "comparison.md").read_text()
 
 
+def test_compare_tells_tags_failures_and_missing_partners_apart(tmp_path, capsys):
+    base, tuned = metric_rows("base", 0.0), metric_rows("tuned", 0.1)
+    for row in (*base, *tuned):
+        row["tags"] = ["static" if int(row["prompt"][-1]) % 2 else "dynamic"]
+    failed = {"value": None, "unit": "share", "valid": False, "reason": "video x cannot be | decoded"}
+    tuned[0]["metrics"]["epipolar_inliers"] = failed
+    orphan = tuned.pop()
+    write_jsonl(tmp_path / "a" / "metrics.jsonl", base)
+    write_jsonl(tmp_path / "b" / "metrics.jsonl", tuned)
+    output = tmp_path / "out"
+    assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b"), "--output", str(output)]) == 0
+    shown, text = capsys.readouterr().out, (output / "comparison.md").read_text()
+    for words in ("static", "dynamic", "0 / 1", "cannot be | decoded", f"seed 1 of {orphan['prompt']!r}", "unknown"):
+        assert words in shown and words in text, words
+    numbers = json.loads((output / "comparison.json").read_text())
+    metric = numbers["metrics"]["epipolar_inliers"]
+    assert metric["reasons"] == {failed["reason"]: [0, 1]} and metric["pairs"] == 10
+    assert numbers["missing_tuned"] == [[orphan["prompt"], 1]]
+    assert metric["by_tag"]["static"]["n"] == metric["by_tag"]["dynamic"]["n"] == 3
+
+
 def test_compare_without_pairs_is_one_line(tmp_path, capsys):
     write_jsonl(tmp_path / "a" / "metrics.jsonl", metric_rows("base", 0.0)[:1])
     write_jsonl(tmp_path / "b" / "metrics.jsonl", metric_rows("tuned", 0.0)[-1:])

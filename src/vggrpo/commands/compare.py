@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vggrpo.commands.arguments import START_AGAIN, Subparsers
+
+if TYPE_CHECKING:
+    from vggrpo.evaluation import Comparison
+
+WIDE = 200  # characters
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -26,18 +34,47 @@ def add_parser(subparsers: Subparsers) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Compare, print the table, write what was asked for."""
-    from vggrpo.evaluation import build_report, compare_files
+    """Compare, print the tables, write what was asked for."""
+    from vggrpo.evaluation import build_report, compare_files, verdict
     from vggrpo.io.atomic import atomic_write
 
     comparison = compare_files(arguments.base, arguments.tuned)
-    print(comparison.to_markdown())
+    checks = verdict(comparison).checks
+    _print(comparison, checks)
     if arguments.output:
+        lines = [f"- {'yes' if ok else 'unknown' if ok is None else 'no'}: {name}: {text}"
+                 for name, (ok, text) in checks.items()]  # fmt: skip
+        text = comparison.to_markdown() + "\nDoes the improvement count?\n\n" + "\n".join(lines) + "\n"
         atomic_write(arguments.output / "comparison.json", comparison.to_json() + "\n")
-        print(f"numbers in {atomic_write(arguments.output / 'comparison.md', comparison.to_markdown()).parent}")
+        print(f"numbers in {atomic_write(arguments.output / 'comparison.md', text).parent}")
     run_directory = _run_directory(arguments.base, arguments.tuned)
     if run_directory is not None:
         print(f"report in {build_report(run_directory)}")
+
+
+def _print(comparison: Comparison, checks: dict[str, tuple[bool | None, str]]) -> None:
+    """Tables for the terminal; where there is none, wide enough for their cells."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from vggrpo.evaluation.compare import COLUMNS
+
+    console = Console() if sys.stdout.isatty() else Console(width=WIDE)
+
+    def show(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        table = Table(*head)
+        for row in rows:
+            table.add_row(*map(Text, row))  # Text: an interval's brackets are no markup
+        console.print(table)
+
+    show(COLUMNS, comparison.table())
+    if comparison.tags:
+        show(["difference by tag", *comparison.tags], comparison.tag_table())
+    for remark in comparison.remarks():
+        console.print(Text(remark))
+    marks = {True: "yes", False: "no", None: "unknown"}
+    show(["does the improvement count?", "", ""], [[name, marks[ok], text] for name, (ok, text) in checks.items()])
 
 
 def _run_directory(base: Path, tuned: Path) -> Path | None:

@@ -28,6 +28,19 @@ from vggrpo.io.manifest import read_jsonl
 Row = Mapping[str, Any]
 Pair = tuple[str, Hashable]
 MOTION = "motion_flow"
+COLUMNS = (
+    "metric",
+    "label",
+    "base",
+    "tuned",
+    "difference [95 % interval]",
+    "win rate",
+    "p (Holm)",
+    "motion-matched",
+    "failures",
+    "prompts",
+)
+MOST_NAMED = 5  # pairs without a partner that are named; all are in the JSON
 # What training optimised, computed on latents and merged into the rows by whoever trained: (unit, higher_is_better).
 REWARDS = {"motion_reward": ("1", True), "geometry_reward": ("1", True)}
 
@@ -51,6 +64,7 @@ class MetricComparison:
     p_holm: float | None = None
     motion_matched: Interval | None = None
     by_tag: dict[str, Interval] = field(default_factory=dict)
+    reasons: dict[str, tuple[int, int]] = field(default_factory=dict)  # of failures: videos of base, of tuned
     prompts: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     @property
@@ -81,25 +95,28 @@ class Comparison:
         return json.dumps(self.to_dict(), ensure_ascii=False, indent=2, allow_nan=False)
 
     def to_markdown(self) -> str:
-        """A GitHub table, headline metrics first."""
-        head = [
-            "metric",
-            "label",
-            "base",
-            "tuned",
-            "difference [95 % interval]",
-            "win rate",
-            "p (Holm)",
-            "motion-matched",
-            "failures",
-            "prompts",
+        """GitHub tables, headline metrics first: all pairs, then each tag (static, dynamic) apart, then remarks."""
+        lines = _markdown(list(COLUMNS), self.table())
+        by_tag = self.tag_table()
+        if by_tag:
+            lines += ["", "Difference by tag:", "", *_markdown(["metric", *self.tags], by_tag)]
+        return "\n".join([*lines, "", *(f"- {remark}" for remark in self.remarks())]) + "\n"
+
+    @property
+    def tags(self) -> list[str]:
+        """Tags that some metric has a difference for."""
+        return sorted({tag for metric in self.metrics.values() for tag in metric.by_tag})
+
+    def tag_table(self) -> list[list[str]]:
+        """Cells of `metric, tag, tag, ...`: the difference among the prompts with each tag."""
+        return [
+            [metric.name, *(_interval_of(metric.by_tag.get(tag)) for tag in self.tags)]
+            for metric in self.metrics.values()
+            if metric.by_tag
         ]
-        lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-        lines += ["| " + " | ".join(cells) + " |" for cells in self.table()]
-        return "\n".join([*lines, "", *self.remarks()]) + "\n"
 
     def table(self) -> list[list[str]]:
-        """Formatted cells, one row a metric, for the terminal and for Markdown."""
+        """Cells of `COLUMNS`, one row a metric, for the terminal and for Markdown."""
         rows = []
         for metric in self.metrics.values():
             arrow = "higher is better" if metric.higher_is_better else "lower is better"
@@ -111,9 +128,7 @@ class Comparison:
                 _interval(metric.difference),
                 f"{metric.wins.rate:.0%} ({metric.wins.wins}/{metric.wins.ties}/{metric.wins.losses})",
                 "-" if metric.p_holm is None else f"{metric.p_holm:.2g}",
-                "-"
-                if metric.motion_matched is None
-                else f"{_interval(metric.motion_matched)}, n={metric.motion_matched.n}",
+                _interval_of(metric.motion_matched),
                 f"{metric.failures_base} / {metric.failures_tuned}",
                 str(metric.difference.n),
             ])  # fmt: skip
@@ -130,11 +145,15 @@ class Comparison:
             out.append(
                 f"Motion, tuned over base: {self.motion_ratio:.2f} ({inside} 0.8-1.25, where an improvement may count)."
             )
-        if self.missing_base or self.missing_tuned:
-            out.append(
-                f"Without a partner: {len(self.missing_base)} videos are missing in base, "
-                f"{len(self.missing_tuned)} in tuned."
-            )
+        for arm, pairs in (("base", self.missing_base), ("tuned", self.missing_tuned)):
+            if pairs:
+                named = ", ".join(f"seed {seed} of {prompt[:60]!r}" for prompt, seed in pairs[:MOST_NAMED])
+                more = f" and {len(pairs) - MOST_NAMED} more" if len(pairs) > MOST_NAMED else ""
+                out.append(f"Left out for want of a partner in {arm}: {named}{more}.")
+        for metric in self.metrics.values():
+            if metric.role == "score" and metric.reasons:
+                reason, (base, tuned) = max(metric.reasons.items(), key=lambda item: sum(item[1]))
+                out.append(f"{metric.name} fails most often ({base} base / {tuned} tuned videos) because: {reason}.")
         if self.prompts < 96 or self.seeds < 2:
             out.append("Fewer than 96 prompts x 2 seeds: shown, not claimed.")
         return out
@@ -214,6 +233,7 @@ def _compare_metric(
         difference=bootstrap(differences),
         wins=win_rate(change if higher else -change),
         pairs=len(good),
+        reasons=_reasons(base, tuned, name),
         failures_base=sum(_value(row, name) is None for row in base.values()),
         failures_tuned=sum(_value(row, name) is None for row in tuned.values()),
         motion_matched=bootstrap(in_matched) if in_matched else None,
@@ -266,6 +286,17 @@ def _value(row: Row, name: str) -> float | None:
     return float(entry["value"])
 
 
+def _reasons(base: Mapping[Pair, Row], tuned: Mapping[Pair, Row], name: str) -> dict[str, tuple[int, int]]:
+    """Why videos have no valid number, and how many of each arm."""
+    counts: dict[str, list[int]] = {}
+    for arm, rows in enumerate((base, tuned)):
+        for row in rows.values():
+            if _value(row, name) is None:
+                reason = str(row["metrics"].get(name, {}).get("reason") or "not measured")
+                counts.setdefault(reason, [0, 0])[arm] += 1
+    return {reason: (in_base, in_tuned) for reason, (in_base, in_tuned) in counts.items()}
+
+
 def _matched_pairs(base: Mapping[Pair, Row], tuned: Mapping[Pair, Row], shared: Sequence[Pair]) -> set[Pair]:
     motion = {pair: (_value(base[pair], MOTION), _value(tuned[pair], MOTION)) for pair in shared}
     return {pair for pair, (a, b) in motion.items() if a is not None and b is not None and motion_matched(a, b)}
@@ -299,6 +330,16 @@ def _interval(interval: Interval) -> str:
     if not np.isfinite(interval.low):
         return f"{_number(interval.mean)} [too few prompts]"
     return f"{interval.mean:+.3g} [{interval.low:+.3g}, {interval.high:+.3g}]"
+
+
+def _interval_of(interval: Interval | None) -> str:
+    return "-" if interval is None else f"{_interval(interval)}, n={interval.n}"
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    # A bar would end the cell.
+    table = [head, ["---"] * len(head), *rows]
+    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table]
 
 
 def _jsonable(value: Any) -> Any:
