@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from vggrpo.geometry import project
+from vggrpo.models.vggt_layers import Compare
 from vggrpo.pretraining import data as shard_data
 from vggrpo.pretraining.data import Shards, augment, render_shard
 from vggrpo.pretraining.loop import Schedule, fit
@@ -105,3 +106,20 @@ def test_training_goes_on_bit_for_bit(tmp_path):
     torch.manual_seed(1)  # another random state and another start: the checkpoint decides
     resumed = run(tmp_path / "cut", 10)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
+def test_stem_that_compares_views_finds_a_shift():
+    """Random features already tell a picture from its shifted copy: the most probable cell is the true displacement."""
+    torch.manual_seed(0)
+    compare = Compare(radius=3)
+    with torch.no_grad():
+        compare.log_sharpness.fill_(4.0)
+    first = torch.randn(1, 16, 1, 16, 16)
+    features = torch.cat([first, first.roll((1, -2), (3, 4))], 2)  # one cell down, two to the left
+    forward, backward = compare(features).unflatten(2, (16, 16)).chunk(2, -1)  # (1, S, 16, 16, 49)
+    inner = slice(4, 12)
+    cells = [(y, x) for y in range(-3, 4) for x in range(-3, 4)]
+    assert set(forward[0, 0, inner, inner].argmax(-1).flatten().tolist()) == {cells.index((1, -2))}
+    assert set(backward[0, 1, inner, inner].argmax(-1).flatten().tolist()) == {cells.index((-1, 2))}
+    assert float(forward[0, 1].abs().max()) == 0 and float(backward[0, 0].abs().max()) == 0  # no such views
+    torch.testing.assert_close(forward[0, 0].sum(-1), torch.ones(16, 16))

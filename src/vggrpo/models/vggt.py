@@ -47,6 +47,9 @@ class VGGTConfig(BaseModel):
         "conv", description="stem: strided convolutions, one linear map a patch, or DINOv2 with the same registers"
     )
     stem_blocks: int = Field(0, ge=0, description="residual blocks after each of the stem's first two convolutions")
+    stem_radius: int = Field(
+        0, ge=0, description="cells of four pixels in which the stem compares neighbouring views; 0: it does not"
+    )
     encoder_layers: int = Field(24, ge=1, description="blocks of DINOv2")
     position_grid: int = Field(37, ge=1, description="side of the square of patches that DINOv2 learned positions on")
     patch: int = Field(8, ge=2, description="pixels a token")
@@ -146,7 +149,7 @@ class VGGT(nn.Module):
     def lora_targets(self) -> list[str]:
         """Linear layers of the blocks and of the camera head, and what brings tokens into a DPT."""
         if self.config.decoder == "light":
-            return ["qkv", "proj", "fc1", "fc2", "camera_head.0", "camera_head.2"]
+            return ["attn.qkv", "attn.proj", "fc1", "fc2", "camera_head.0", "camera_head.2"]
         heads = ["embed_pose", "poseLN_modulation.1", "pose_branch.fc1", "pose_branch.fc2"]
         return ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", *heads, *(f"projects.{level}" for level in range(4))]
 
@@ -274,7 +277,7 @@ class VGGT(nn.Module):
 
 def _stem(c: VGGTConfig) -> nn.Module:
     if c.patch_embed == "conv":
-        return ConvStem(c.dim, c.stem_blocks)
+        return ConvStem(c.dim, c.stem_blocks, c.stem_radius)
     if c.patch_embed == "patch":
         return PatchStem(c.dim, c.patch)
     return DinoV2(
