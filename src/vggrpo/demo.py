@@ -18,21 +18,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
-from safetensors.torch import load_file
 
 from vggrpo import assets
 from vggrpo.config import load_config
 from vggrpo.errors import UserError
 from vggrpo.evaluation import build_report, compare_quality, evaluate_manifest, summarise
-from vggrpo.evaluation.scenes import scene_of, write_scenes
+from vggrpo.evaluation.latent_scores import score_latents
 from vggrpo.io.atomic import atomic_write_json, ensure_directory
-from vggrpo.io.manifest import read_jsonl, read_manifest, write_jsonl
-from vggrpo.io.video import read_video
-from vggrpo.lgm import LatentGeometryModel
 from vggrpo.posttraining import train
-from vggrpo.rewards import camera_motion_smoothness, geometry_reprojection_consistency
 from vggrpo.sampling.generate import generate_videos
 from vggrpo.world import sample_prompts
 
@@ -129,34 +123,10 @@ def _prepare(output: Path, settings: dict[str, Any], fresh: bool) -> Path:
 
 
 def _measure(output: Path, arm: str) -> list[dict[str, Any]]:
-    """Rows of `eval/ARM/metrics.jsonl`: the metrics of every video, and the two rewards of its latents; writes what the
-    LGM sees to `scenes/ARM.jsonl`."""
-    manifest = output / arm / "manifest.jsonl"
-    path = evaluate_manifest(manifest, output / "eval" / arm, "fast")
-    rows = read_jsonl(path)
-    lgm = LatentGeometryModel.from_pretrained(assets.path("lgm"))
-    scenes = []
-    for row, video in zip(rows, read_manifest(manifest), strict=True):
-        latents = load_file((manifest.parent / video.path).with_suffix(".safetensors"))["latents"][None]
-        with torch.inference_mode():
-            prediction = lgm(latents)
-            rewards = {
-                "motion_reward": camera_motion_smoothness(prediction),
-                "geometry_reward": geometry_reprojection_consistency(prediction),
-            }
-        for name, reward in rewards.items():
-            valid = bool(reward.valid[0])
-            row["metrics"][name] = {
-                "value": reward.value[0].item() if valid else None,
-                "unit": "",
-                "valid": valid,
-                "reason": None if valid else "the geometry of this clip cannot be judged",
-            }
-        frames = read_video(manifest.parent / video.path)[0][prediction.frame_index.tolist()]
-        scenes.append((video.prompt, video.seed, scene_of(prediction, frames, by="the LGM, from latents")))
-    write_jsonl(path, rows)
-    write_scenes(output / "scenes" / f"{arm}.jsonl", scenes)
-    return rows
+    """Rows of `eval/ARM/metrics.jsonl`: the metrics of every video, and the two rewards of its latents; the 3D scenes
+    beside them."""
+    evaluate_manifest(output / arm / "manifest.jsonl", output / "eval" / arm, "fast")
+    return score_latents(output, arm)
 
 
 def _say(console: Console, summary: dict[str, Any], report: Path, lora: Path) -> None:

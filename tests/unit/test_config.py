@@ -14,7 +14,7 @@ from vggrpo.config import TrainConfig, dump_config, load_config, parse_config, r
 from vggrpo.errors import UserError
 
 ALL = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
-RECIPES = [path for path in ALL if not path.stem.startswith("lgm-")]  # those are in test_config_lgm.py
+RECIPES = [path for path in ALL if not path.stem.startswith(("lgm-", "benchmark-"))]  # in test_config_lgm.py, ...
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vggrpo.commands import (
     audit_reward,
+    benchmark,
     compare,
     demo,
     doctor,
@@ -23,6 +24,7 @@ COMMANDS = (
     generate,
     evaluate,
     compare,
+    benchmark,
     reconstruct,
     world,
     doctor,
