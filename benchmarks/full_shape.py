@@ -2,6 +2,7 @@
 
     python benchmarks/full_shape.py wan2.1-t2v-1.3b data.num_frames=33 grpo.samples_per_prompt=8 [key=value ...]
     python benchmarks/full_shape.py wan2.1-t2v-1.3b --account       # without a GPU: count what autograd would keep
+    python benchmarks/full_shape.py tiny --sweep cost.html          # seconds against videos, trained steps and frames
 
 Weights, text and prompts are random, so nothing is downloaded; the transformer has the recipe's own shape. The geometry
 reader is the recipe's LGM where it is on this machine, else a stand-in of one strided convolution, whose share of the
@@ -16,7 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,7 +39,7 @@ from vggrpo.posttraining.grpo import GRPO
 from vggrpo.posttraining.policy import Policy
 from vggrpo.tracking import Stopwatch
 
-TEXT_DIM, TEXT_TOKENS, HEAD_DIM = 4096, 60, 128
+TEXT_DIM, TEXT_TOKENS = 4096, 60
 _GIB = 1024**3
 
 
@@ -48,11 +49,12 @@ def build_transformer(shape: TransformerShape, dtype: torch.dtype, layers: int |
     from diffusers import WanTransformer3DModel
 
     channels = 16 if shape.spatial_stride == 8 else 48
+    head = 128 if shape.dim % 128 == 0 else 32  # Wan's; the embedded model's
     torch.set_default_dtype(dtype)
     try:
         transformer = WanTransformer3DModel(
-            num_attention_heads=shape.dim // HEAD_DIM,
-            attention_head_dim=HEAD_DIM,
+            num_attention_heads=shape.dim // head,
+            attention_head_dim=head,
             in_channels=channels,
             out_channels=channels,
             text_dim=TEXT_DIM,
@@ -192,6 +194,44 @@ def measure(config: TrainConfig) -> dict[str, Any]:
     }
 
 
+def sweep(recipe: str, overrides: Sequence[str], plot: Path) -> dict[str, Any]:
+    """Seconds of an update without its reward, with one of videos, trained steps and latent frames at once, twice and
+    three times the recipe's; R^2 of the straight line through them. Writes a plot."""
+    base = load_config(recipe, overrides)
+    k, window, frames = base.grpo.samples_per_prompt, base.sampling.window, (base.data.num_frames - 1) // 4 + 1
+    axes = {
+        "videos a group": [f"grpo.samples_per_prompt={k * n}" for n in (1, 2, 3)],
+        "trained steps": [
+            f"sampling={{num_steps: {3 * window + 1}, window: {window * n}, window_last: {3 * window - 1}}}"
+            for n in (1, 2, 3)
+        ],
+        "latent frames": [f"data.num_frames={4 * (frames * n - 1) + 1}" for n in (1, 2, 3)],
+    }
+    result: dict[str, Any] = {}
+    for axis, settings in axes.items():
+        times = []
+        for setting in settings:
+            measured = measure(load_config(recipe, [*overrides, "lgm.path=none", setting]))
+            times.append(measured["seconds/total"] - measured["seconds/reward"])
+        result[axis] = {"seconds": times, "r2_of_a_line": _linearity(times)}
+    from plotly import graph_objects
+
+    figure = graph_objects.Figure()
+    for axis, values in result.items():
+        figure.add_scatter(x=[1, 2, 3], y=values["seconds"], name=f"{axis}, R2 {values['r2_of_a_line']:.3f}")
+    figure.update_layout(title=f"one update of {recipe}", xaxis_title="times the recipe's", yaxis_title="seconds")
+    plot.write_text(figure.to_html(include_plotlyjs="cdn"), encoding="utf-8")
+    return result
+
+
+def _linearity(times: Sequence[float]) -> float:
+    """R^2 of the least-squares line through equally spaced points."""
+    y = torch.tensor(times, dtype=torch.float64)
+    x = torch.stack([torch.ones_like(y), torch.arange(len(y), dtype=torch.float64)], dim=1)
+    rest = y - x @ torch.linalg.lstsq(x, y[:, None]).solution[:, 0]
+    return float(1 - rest.square().sum() / (y - y.mean()).square().sum())
+
+
 def _shape(config: TrainConfig) -> TransformerShape:
     return pipeline_shape(str(assets.path("pipeline")) if config.model.path == EMBEDDED else config.model.path)
 
@@ -223,9 +263,14 @@ def main() -> None:
     parser.add_argument("recipe", help="a recipe's name or file")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--account", action="store_true", help="count memory without a GPU")
+    parser.add_argument("--sweep", type=Path, metavar="HTML", help="cost against size, with a plot")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        config = load_config(arguments.recipe, [*arguments.overrides, f"output={folder}"])
+        overrides = [*arguments.overrides, f"output={folder}"]
+        if arguments.sweep is not None:
+            print(json.dumps(sweep(arguments.recipe, overrides, arguments.sweep), indent=1))
+            return
+        config = load_config(arguments.recipe, overrides)
         print(json.dumps(account(config) if arguments.account else measure(config), indent=1))
 
 

@@ -16,6 +16,7 @@ from vggrpo.checkpoint import load_latest
 from vggrpo.config import load_config
 from vggrpo.distributed import Processes
 from vggrpo.errors import UserError
+from vggrpo.models.lora import load_tuned
 from vggrpo.models.wan import WanVideoModel
 from vggrpo.posttraining import clipped_policy_loss, gaussian_kl, train
 from vggrpo.posttraining.conditions import Conditions
@@ -64,7 +65,11 @@ def test_full_fine_tuning_resumes_bit_for_bit_and_exports_a_transformer(tiny_wan
     loaded = WanTransformer3DModel.from_pretrained(str(exported)).state_dict()
     last = load_latest(tmp_path / "whole" / "checkpoints").tensors["adapter"]
     assert all(torch.equal(last[name], loaded[name]) for name in loaded)
-    before = WanVideoModel.from_pretrained(tiny_wan_dir).transformer.state_dict()
+    model = WanVideoModel.from_pretrained(tiny_wan_dir)
+    before = {name: value.clone() for name, value in model.transformer.state_dict().items()}
+    load_tuned(model.transformer, exported)  # as `vggrpo generate --lora` does
+    assert all(torch.equal(value, loaded[name]) for name, value in model.transformer.state_dict().items())
+    assert "WanTransformer3DModel.from_pretrained" in (exported / "README.md").read_text()
     assert sum(not torch.equal(before[name], loaded[name]) for name in loaded) > len(loaded) / 2
 
 
@@ -181,6 +186,7 @@ def test_validation_leaves_videos_and_numbers_and_changes_nothing(tiny_wan_dir, 
     assert lines[0]["camera_travel"] == pytest.approx(lines[0]["camera_travel_base"])  # nothing is tuned yet
     assert lines[2]["reward/camera_motion_smoothness"] != lines[0]["reward/camera_motion_smoothness"]
     assert (tmp_path / "a" / "validation" / "000002" / "0.mp4").is_file()
+    assert "| quantity | after 0 updates | after 2 |" in (tmp_path / "a" / "lora" / "README.md").read_text()
 
 
 def test_videos_and_numbers_reach_every_tracker(tmp_path, monkeypatch):

@@ -29,7 +29,7 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     parser.add_argument("--output", type=Path, required=True, help="directory for the videos and manifest.jsonl")
     parser.add_argument("--pipeline", default="embedded", help="a diffusers Wan directory (default: %(default)s)")
-    parser.add_argument("--lora", type=Path, help="a LoRA directory or file, such as OUTPUT/lora of a training run")
+    parser.add_argument("--lora", type=Path, help="what training exported: OUTPUT/lora, or OUTPUT/transformer")
     parser.add_argument("--arm", help="name of the arm in the manifest (default: tuned with --lora, else base; with "
                         "-guided and -bestN behind it)")  # fmt: skip
     parser.add_argument("--seeds", type=at_least(1), default=1, help="videos a prompt (default: %(default)s)")

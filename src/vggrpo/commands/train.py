@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 
 from vggrpo.commands.arguments import GO_ON, Subparsers
 
@@ -13,7 +14,8 @@ def add_parser(subparsers: Subparsers) -> None:
         "train",
         help="post-train a video model; the result is a LoRA for diffusers",
         description=(
-            "Post-train from a recipe. The LoRA is in OUTPUT/lora/pytorch_lora_weights.safetensors; checkpoints "
+            "Post-train from a recipe. The LoRA is in OUTPUT/lora/pytorch_lora_weights.safetensors (all weights, with "
+            "model.tune=full, in OUTPUT/transformer); checkpoints "
             "and logs lie beside it, and the same command goes on from the last checkpoint. For several GPUs: "
             "torchrun --nproc-per-node N -m vggrpo.cli train CONFIG."
         ),
@@ -35,4 +37,6 @@ def run(arguments: argparse.Namespace) -> None:
     config = load_config(arguments.config, arguments.overrides)
     from vggrpo.posttraining import train
 
-    print(f"LoRA in {train(config)}")
+    exported = train(config)
+    if os.environ.get("RANK", "0") == "0":  # one of several processes speaks for all
+        print(f"weights in {exported}")

@@ -17,6 +17,7 @@ from vggrpo.errors import UserError
 from vggrpo.io.atomic import atomic_path
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
+FULL_WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 ADAPTER = "default"
 
 
@@ -139,6 +140,27 @@ def load_lora(transformer: nn.Module, path: Path | str) -> None:
         ) from error
     if not lora_parameters(transformer):
         raise UserError(f"LoRA {found} matches no layer of this model; it was made for another one")
+
+
+def load_tuned(transformer: nn.Module, path: Path | str) -> None:
+    """Load what training exports: a LoRA (see `load_lora`), or the directory of a whole transformer
+    (`model.tune: full`).
+
+    Raises:
+        UserError: when it is missing, damaged, or fits another model.
+    """
+    found = Path(path) if Path(path).name == FULL_WEIGHTS_NAME else Path(path) / FULL_WEIGHTS_NAME
+    if not found.is_file():
+        load_lora(transformer, path)
+        return
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        transformer.load_state_dict(load_file(found))
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        raise UserError(f"{found} does not load into this model ({reason}); it is damaged or of another one") from error
 
 
 def _ends_in(name: str, target: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -12,18 +12,31 @@ from vggrpo.config import EMBEDDED, TrainConfig, dump_config
 from vggrpo.lgm.model import geometry_licence
 from vggrpo.models.licences import licence_of
 
+_USE_LORA = """from diffusers import WanPipeline
+
+pipe = WanPipeline.from_pretrained("the base pipeline")
+pipe.load_lora_weights("this directory")"""
+_USE_FULL = """from diffusers import WanPipeline, WanTransformer3DModel
+
+transformer = WanTransformer3DModel.from_pretrained("this directory")
+pipe = WanPipeline.from_pretrained("the base pipeline", transformer=transformer)"""
 _SHOWN = ("reward/", "kl", "ratio", "clip_fraction", "camera_travel", "dynamic_share")
 
 
-def lora_card(config: TrainConfig, updates: int, last: Mapping[str, Any]) -> str:
-    """Markdown with the front matter that model hubs read.
+def lora_card(
+    config: TrainConfig, updates: int, last: Mapping[str, Any], validations: Sequence[Mapping[str, Any]] = ()
+) -> str:
+    """Markdown with the front matter that model hubs read; of a LoRA, or of whole weights.
 
     Args:
         updates: how many were done.
         last: the newest row of the training log.
+        validations: rows of fixed prompts, oldest first; the first is the base model's where it is of update 0.
     """
     base = "the embedded pipeline of vggrpo" if config.model.path == EMBEDDED else config.model.path
-    front = {"library_name": "diffusers", "tags": ["lora", "text-to-video", "vggrpo", config.algorithm]}
+    full = config.model.tune == "full"
+    kind = "transformer" if full else "lora"
+    front = {"library_name": "diffusers", "tags": [kind, "text-to-video", "vggrpo", config.algorithm]}
     if config.model.path != EMBEDDED:
         front["base_model"] = config.model.path
     lgm = assets.path("lgm") if config.lgm.path == EMBEDDED else config.lgm.path
@@ -37,7 +50,7 @@ def lora_card(config: TrainConfig, updates: int, last: Mapping[str, Any]) -> str
 {yaml.safe_dump(front, sort_keys=False).strip()}
 ---
 
-# LoRA for world consistency
+# {"Transformer" if full else "LoRA"} for world consistency
 
 Made with vggrpo {__version__} on {base}: {config.algorithm}, {updates} of {config.updates} updates, seed {config.seed}.
 It asks a latent geometry model ({config.lgm.path}) for its rewards:
@@ -45,10 +58,7 @@ It asks a latent geometry model ({config.lgm.path}) for its rewards:
 {rewards}
 
 ```python
-from diffusers import WanPipeline
-
-pipe = WanPipeline.from_pretrained("the base pipeline")
-pipe.load_lora_weights("this directory")
+{_USE_FULL if full else _USE_LORA}
 ```
 
 or `vggrpo generate --pipeline BASE --lora THIS_DIRECTORY --prompts FILE --output DIR`.
@@ -67,9 +77,28 @@ What the reward said while training. Whether the videos became better is for met
 |---|---|
 {numbers}
 
-## Settings
+{_validation_table(validations)}## Settings
 
 ```yaml
 {dump_config(config).strip()}
 ```
+"""
+
+
+def _validation_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """First and last validation side by side; nothing without two."""
+    if len(rows) < 2:
+        return ""
+    first, last = rows[0], rows[-1]
+    lines = "\n".join(
+        f"| {name} | {first[name]:.5g} | {last[name]:.5g} |"
+        for name in last
+        if name.startswith(_SHOWN) and first.get(name) is not None and last[name] is not None
+    )
+    return f"""## Fixed prompts
+
+| quantity | after {first["update"]} updates | after {last["update"]} |
+|---|---|---|
+{lines}
+
 """

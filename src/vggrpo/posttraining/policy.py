@@ -19,7 +19,7 @@ from vggrpo.distributed import Processes
 from vggrpo.errors import UserError
 from vggrpo.io.atomic import atomic_path, atomic_write_json
 from vggrpo.models.base import VideoModel
-from vggrpo.models.lora import attach_lora, export_lora, lora_disabled, lora_parameters
+from vggrpo.models.lora import FULL_WEIGHTS_NAME, attach_lora, export_lora, lora_disabled, lora_parameters
 from vggrpo.models.sharding import is_split, local_part, shard_transformer, split_like, whole
 from vggrpo.sampling.seeds import derive_seed
 
@@ -226,7 +226,7 @@ def _export_transformer(transformer: nn.Module, state: Mapping[str, Tensor], dir
     """`WanTransformer3DModel.from_pretrained(directory)` reads it."""
     from safetensors.torch import save_file
 
-    with atomic_path(directory / "diffusion_pytorch_model.safetensors") as temporary:
+    with atomic_path(directory / FULL_WEIGHTS_NAME) as temporary:
         save_file({name: value.contiguous() for name, value in state.items()}, str(temporary))
     config = {key: value for key, value in transformer.config.items() if not key.startswith("_name")}
     atomic_write_json(directory / "config.json", {**config, "_class_name": type(transformer).__name__})

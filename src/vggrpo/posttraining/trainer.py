@@ -68,6 +68,8 @@ def train(
     algorithm = find_algorithm(config.algorithm)
     check_rewards(config.rewards)
     processes = Processes.join()
+    if not processes.is_main:  # one process warns for all
+        logging.getLogger("vggrpo").setLevel(logging.ERROR)
     output = ensure_directory(config.output)
     checkpoint = load_latest(output / "checkpoints")
     prompts = list(prompts) if prompts is not None else load_prompts(config)
@@ -131,16 +133,17 @@ class _Run:
                 raise KeyboardInterrupt(f"stopped after update {done} of {self.config.updates}; run again to go on")
         if self.config.validation.every:
             tracker.validate(self.config.updates, *self.validation.run())
-        if start >= self.config.updates:
-            self.export(start)
+        if self.config.validation.every or start >= self.config.updates:
+            self.export(max(start, self.config.updates))
 
     def export(self, step: int) -> None:
         """The weights as diffusers loads them, with their model card; all processes take part."""
         directory = self.policy.export(self.output)
         if self.processes.is_main:
-            log = self.output / "log.jsonl"
-            last = read_jsonl(log)[-1] if log.is_file() else {}
-            atomic_write(directory / "README.md", lora_card(self.config, step, last))
+            logs = [self.output / name for name in ("log.jsonl", "validation.jsonl")]
+            rows, validations = (read_jsonl(log) if log.is_file() else [] for log in logs)
+            last = rows[-1] if rows else {}
+            atomic_write(directory / "README.md", lora_card(self.config, step, last, validations))
 
     def save(self, step: int) -> None:
         """Checkpoint and export, written by the main process; all wait for it."""

@@ -27,7 +27,7 @@ from vggrpo.io.manifest import ManifestRow, read_manifest, write_manifest
 from vggrpo.io.video import write_video
 from vggrpo.models.base import VideoModel
 from vggrpo.models.loading import load_video_model
-from vggrpo.models.lora import load_lora
+from vggrpo.models.lora import FULL_WEIGHTS_NAME, load_tuned
 from vggrpo.sampling.first_frame import pin_first_frame
 from vggrpo.sampling.guidance import RewardGuidance
 from vggrpo.sampling.rollout import guided_velocity
@@ -68,7 +68,7 @@ def generate_videos(
         prompts: one or more.
         output: directory; may hold other arms already.
         pipeline: directory or hub id; "embedded" is the shipped one.
-        lora: LoRA file or directory.
+        lora: LoRA file or directory, or the directory of a whole transformer that training exported.
         arm: name in the manifest; default "tuned" with a LoRA, else "base".
         seeds: videos per prompt, one a seed.
         num_steps: denoising steps.
@@ -111,7 +111,7 @@ def generate_videos(
         model = load_video_model(pipeline, device=device, dtype=dtype)
         shape = model.latent_spec.latent_shape(num_frames, *size)
         if lora is not None:
-            load_lora(model.transformer, lora)
+            load_tuned(model.transformer, lora)
         options: dict[str, Any] = {"shape": shape, "num_steps": num_steps, "guidance_scale": guidance_scale}
         for jobs in _batches(missing, micro_batch):
             options["first_frame"] = _first_latents(model, first_frames, [i for i, _, _ in jobs], size)
@@ -246,7 +246,10 @@ def _stem(index: int, prompt: str, seed: int) -> str:
 def _digest(lora: str | Path) -> str:
     """Checksum of the LoRA's weights: the same path may hold another LoRA tomorrow."""
     path = Path(lora)
-    files = sorted(path.rglob("*lora*.safetensors")) if path.is_dir() else [path]
+    files = [path]
+    if path.is_dir():
+        whole = path / FULL_WEIGHTS_NAME
+        files = [whole] if whole.is_file() else sorted(path.rglob("*lora*.safetensors"))
     files = [file for file in files if file.is_file()]
     if not files:
         raise UserError(f"no LoRA at {lora}; give a .safetensors file or a run's directory")
