@@ -37,6 +37,9 @@ function headline() {
     const [mark, tone] = check.outcome === null ? ["– open", ""] : check.outcome ? ["✓ holds", "good"] : ["✗ fails", "bad"];
     byId("checks").append(make("li", {}, make("b", { class: tone }, mark), ` ${title(check.name)}: ${check.text}`));
   }
+  const open = data.checks.filter((check) => check.outcome !== true).map((check) => title(check.name));
+  byId("verdict").textContent = open.length ? `Shown, not claimed: ${open.length} of ${data.checks.length} conditions do not hold or are open (${open.join(", ")}).` : "Counts: every condition below holds.";
+  byId("verdict").className = open.length ? "bad" : "good";
   data.remarks.forEach((text) => byId("remarks").append(make("p", {}, text)));
 }
 
