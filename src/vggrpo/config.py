@@ -14,26 +14,29 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from vggrpo.config_algorithms import (
+    EMBEDDED,
+    DirectConfig,
+    DPOConfig,
+    GRPOConfig,
+    NFTConfig,
+    RewardSpaceConfig,
+    SFTConfig,
+)
+from vggrpo.config_algorithms import Section as _Section
 from vggrpo.errors import UserError
 
-EMBEDDED = "embedded"
-ALGORITHMS = ("grpo",)  # those of `vggrpo.posttraining.algorithm` that this version has
 RESUMABLE = frozenset(
     {
         "output", "updates", "save_every", "keep_last", "trackers", "data.cache", "model.device", "model.shard",
         # These change rounding at most, and are what a run that ran out of memory needs.
         "model.gradient_checkpointing", "model.compile", "sampling.micro_batch", "sampling.offload",
-        "grpo.micro_batch", "lgm.micro_batch",
+        "grpo.micro_batch", "lgm.micro_batch", "sft.micro_batch", "dpo.micro_batch", "direct.micro_batch",
+        "nft.micro_batch",
     }
 )  # fmt: skip
-
-
-class _Section(BaseModel):
-    """A part of the config: unknown keys are errors, values do not change after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), use_attribute_docstrings=True)
 
 
 Section = _Section  # for recipes of other kinds, in files of their own
@@ -132,47 +135,6 @@ class RewardTerm(_Section):
     """Keyword arguments of the reward function."""
 
 
-class GRPOConfig(_Section):
-    """The policy-gradient update."""
-
-    prompts_per_update: int = Field(default=4, ge=1)
-    """Groups per update."""
-    samples_per_prompt: int = Field(default=8, ge=2)
-    """Videos per group, K (paper: 64)."""
-    clip: float = Field(default=1e-3, gt=0, lt=1)
-    """Bound e of the ratio: 1 - e to 1 + e."""
-    ratio_norm: bool = False
-    """Normalise the log-ratio by step, so that the clip means the same at all noise levels (GRPO-Guard)."""
-    advantage_clip: float | None = Field(default=5.0, gt=0)
-    """Bound on |A|; null = none."""
-    kl: float = Field(default=0.004, ge=0)
-    """Weight beta of the KL to the model without LoRA; 0 saves one forward pass per replayed step."""
-    kl_unit: Literal["gaussian", "diffusion"] = "gaussian"
-    """"gaussian" divides by 2 s^2 |dt| (the true KL), "diffusion" by 2 s^2 (flow_grpo's, about 10 times smaller at 10
-    steps)."""
-    inner_updates: int = Field(default=1, ge=1)
-    """Optimizer steps per roll-out."""
-    inner_split: bool = True
-    """Each inner update replays its own share of the trained steps (no extra cost); false: each replays all of them."""
-    mode: Literal["decoupled", "sum"] = "decoupled"
-    """Normalise each reward by itself (the paper), or the weighted mean of the rewards."""
-    std: Literal["population", "sample"] = "population"
-    """Which standard deviation divides."""
-    std_scope: Literal["group", "global"] = "group"
-    """Standard deviation of the group, or of all samples of the update."""
-    eps: float = Field(default=1e-4, gt=0)
-    """Added to the standard deviation, in units of the reward."""
-    invalid: Literal["worst", "drop"] = "worst"
-    """A sample whose reward cannot be computed gets its group's worst advantage, or is left out."""
-    base_travel_samples: int = Field(default=2, ge=0)
-    """Roll-outs of the base model per prompt that measure its own camera travel, once per prompt; 0 = off."""
-    collapse_warning: float = Field(default=0.5, ge=0, le=1)
-    """Warn when the mean camera travel or the share of moving pixels over 10 updates falls under this share of the base
-    model's; needs base_travel_samples; 0 = never."""
-    micro_batch: int = Field(default=32, ge=1)
-    """Replayed steps (videos x trained steps) per network call with gradient."""
-
-
 class LoraConfig(_Section):
     """The adapter; the base weights never change."""
 
@@ -250,8 +212,18 @@ class TrainConfig(_Section):
     """The roll-out."""
     rewards: dict[str, RewardTerm] = Field(default_factory=_default_rewards, min_length=1)
     """Rewards by name with their weights: `name: {weight, options}` or `name: weight`."""
+    reward: RewardSpaceConfig = Field(default_factory=RewardSpaceConfig)
+    """Where the rewards read geometry."""
     grpo: GRPOConfig = Field(default_factory=GRPOConfig)
-    """The update."""
+    """The update of `algorithm: grpo`."""
+    sft: SFTConfig = Field(default_factory=SFTConfig)
+    """The update of `algorithm: sft`."""
+    dpo: DPOConfig = Field(default_factory=DPOConfig)
+    """The update of `algorithm: dpo`."""
+    direct: DirectConfig = Field(default_factory=DirectConfig)
+    """The update of `algorithm: direct`."""
+    nft: NFTConfig = Field(default_factory=NFTConfig)
+    """The update of `algorithm: nft`."""
     lora: LoraConfig = Field(default_factory=LoraConfig)
     """The adapter."""
     optim: OptimConfig = Field(default_factory=OptimConfig)
@@ -270,11 +242,6 @@ class TrainConfig(_Section):
 
     @model_validator(mode="after")
     def _check_together(self) -> TrainConfig:
-        if self.algorithm not in ALGORITHMS:
-            raise ValueError(
-                f"algorithm {self.algorithm!r} is not available in this version; set algorithm: "
-                f"{' or '.join(ALGORITHMS)}"
-            )
         sampling, grpo = self.sampling, self.grpo
         last = sampling.num_steps - 2 if sampling.window_last is None else sampling.window_last
         if last > sampling.num_steps - 2 or sampling.window > last - sampling.window_first + 1:
@@ -295,6 +262,7 @@ class TrainConfig(_Section):
             raise ValueError("validation.every does not know data.first_frames; set validation.every: 0")
         if grpo.ratio_norm and sampling.variant == "cps":
             raise ValueError("grpo.ratio_norm needs a Gaussian step; set a sampling.variant other than cps")
+        self._check_algorithm()
         if not any(term.weight > 0 for term in self.rewards.values()):
             raise ValueError("all weights in rewards are 0; give at least one reward a positive weight")
         if "camera_motion_hinge" in self.rewards and grpo.base_travel_samples == 0:
@@ -302,6 +270,26 @@ class TrainConfig(_Section):
                 "rewards.camera_motion_hinge compares with the base model; set grpo.base_travel_samples to 1 or more"
             )
         return self
+
+    def _check_algorithm(self) -> None:
+        """What the algorithms beside GRPO ask for."""
+        if self.algorithm == "nft" and self.nft.old == "average" and self.optim.ema is None:
+            raise ValueError("nft.old average needs a moving average; set optim.ema, such as 0.9")
+        if self.algorithm == "direct" and self.direct.grad_steps > self.sampling.num_steps:
+            raise ValueError(
+                f"direct.grad_steps {self.direct.grad_steps} is more than sampling.num_steps "
+                f"{self.sampling.num_steps}; lower it"
+            )
+        if self.algorithm != "grpo" and self.model.shard:
+            raise ValueError("model.shard is for algorithm grpo; set model.shard: false")
+        if self.algorithm != "grpo" and self.data.first_frames is not None:
+            raise ValueError("data.first_frames is for algorithm grpo; set it to null")
+
+    @property
+    def needs_vae(self) -> bool:
+        """Whether training itself encodes or decodes video."""
+        pixels = self.algorithm == "dpo" and self.dpo.pairs != "latent"
+        return self.reward.space == "rgb" or pixels or (self.algorithm == "sft" and self.sft.videos is not None)
 
 
 def recipe_path(name: str | Path) -> Path:

@@ -56,7 +56,6 @@ def test_overrides():
         ("updates=0", "'updates'"),
         ("updates=many", "'updates'"),
         ("grpo.samples_per_prompt=1", "samples_per_prompt"),
-        ("algorithm=dpo", "not available in this version"),
         ("algorithm=ppo", "algorithm"),
         ("sampling.window=8", "sampling.window"),
         ("sampling.variant=flow_grpo_wan", "sigma_min"),

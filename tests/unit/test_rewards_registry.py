@@ -36,3 +36,23 @@ def test_what_cannot_be_used_is_one_line(offered, name, said):
     with pytest.raises(UserError, match=said) as error:
         get_reward(name)
     assert "\n" not in str(error.value)
+
+
+def test_the_example_of_the_documentation_is_a_reward():
+    import re
+    from pathlib import Path
+
+    import torch
+    from boxroom import clips
+
+    text = (Path(__file__).resolve().parents[2] / "docs" / "write_a_reward.md").read_text()
+    names: dict = {}
+    exec(re.search(r"```python\n(.*?)```", text, re.S)[1], names)
+    room = clips(["truck", "pan"])
+    level = names["level_horizon"](room)
+    assert level.valid.all() and torch.allclose(level.value, torch.ones(2).double())
+    rolled = room.cam2world.clone()
+    turn = torch.tensor([[0.8, -0.6, 0], [0.6, 0.8, 0], [0, 0, 1]]).double()
+    rolled[:, 2, :3, :3] = rolled[:, 2, :3, :3] @ turn
+    room.cam2world = rolled
+    assert (names["level_horizon"](room).value < level.value).all()

@@ -33,8 +33,14 @@ from vggrpo.posttraining.policy import Policy
 from vggrpo.posttraining.scoring import GeometryReader
 from vggrpo.tracking import Stopwatch
 
-ALGORITHMS: Mapping[str, str] = {"grpo": "vggrpo.posttraining.grpo:GRPO"}
-"""Name -> class; `vggrpo.config.ALGORITHMS` lists the same names without torch."""
+ALGORITHMS: Mapping[str, str] = {
+    "grpo": "vggrpo.posttraining.grpo:GRPO",
+    "sft": "vggrpo.posttraining.sft:SFT",
+    "dpo": "vggrpo.posttraining.dpo:DPO",
+    "direct": "vggrpo.posttraining.direct:Direct",
+    "nft": "vggrpo.posttraining.nft:NFT",
+}
+"""Name -> class; the config's field `algorithm` allows the same names."""
 
 
 @dataclass(frozen=True)

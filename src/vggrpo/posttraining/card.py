@@ -20,7 +20,7 @@ _USE_FULL = """from diffusers import WanPipeline, WanTransformer3DModel
 
 transformer = WanTransformer3DModel.from_pretrained("this directory")
 pipe = WanPipeline.from_pretrained("the base pipeline", transformer=transformer)"""
-_SHOWN = ("reward/", "kl", "ratio", "clip_fraction", "camera_travel", "dynamic_share")
+_SHOWN = ("loss", "preference_accuracy", "reward/", "kl", "ratio", "clip_fraction", "camera_travel", "dynamic_share")
 
 
 def lora_card(
@@ -40,7 +40,6 @@ def lora_card(
     if config.model.path != EMBEDDED:
         front["base_model"] = config.model.path
     lgm = assets.path("lgm") if config.lgm.path == EMBEDDED else config.lgm.path
-    rewards = "\n".join(f"- `{name}`, weight {term.weight:g}" for name, term in config.rewards.items())
     numbers = "\n".join(
         f"| {name} | {value:.5g} |"
         for name, value in last.items()
@@ -53,9 +52,7 @@ def lora_card(
 # {"Transformer" if full else "LoRA"} for world consistency
 
 Made with vggrpo {__version__} on {base}: {config.algorithm}, {updates} of {config.updates} updates, seed {config.seed}.
-It asks a latent geometry model ({config.lgm.path}) for its rewards:
-
-{rewards}
+{_source(config)}
 
 ```python
 {_USE_FULL if full else _USE_LORA}
@@ -102,3 +99,19 @@ def _validation_table(rows: Sequence[Mapping[str, Any]]) -> str:
 {lines}
 
 """
+
+
+def _source(config: TrainConfig) -> str:
+    """Where the training signal came from."""
+    reader = f"a latent geometry model ({config.lgm.path})"
+    if config.reward.space == "rgb":
+        reader = f"a geometry model ({config.reward.geometry}) that sees decoded frames"
+    if config.algorithm == "dpo" and config.dpo.pairs == "epipolar":
+        return "Its preference pairs come from the Sampson error of matched points in decoded frames."
+    if config.algorithm == "dpo" and config.dpo.pairs == "geometry":
+        return f"Its preference pairs come from reprojection by a geometry model ({config.reward.geometry})."
+    use = {"sft": "Its clips were filtered by rewards", "dpo": "Its preference pairs come from rewards"}
+    rewards = "\n".join(f"- `{name}`, weight {term.weight:g}" for name, term in config.rewards.items())
+    return f"{use.get(config.algorithm, 'Its rewards are read')} by {reader}:\n\n{rewards}".replace(
+        "rewards by", "rewards, read by"
+    )

@@ -108,7 +108,11 @@ class Conditions:
 
 
 def load_prompts(config: TrainConfig) -> list[str]:
-    """The training prompts: a file's lines, or captions of the embedded world."""
+    """The training prompts: a file's lines, captions of the embedded world, or (`sft.videos`) those of the videos."""
+    if config.algorithm == "sft" and config.sft.videos is not None:
+        from vggrpo.posttraining.clips import manifest_rows
+
+        return list(dict.fromkeys(row.prompt for row in manifest_rows(config.sft.videos)[0]))
     if config.data.prompts == EMBEDDED:
         from vggrpo.world import sample_prompts
 

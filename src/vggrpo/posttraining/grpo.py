@@ -108,7 +108,7 @@ class GRPO:
         metrics |= self.motion.metrics(
             [self.prompts[i] for i in chosen], metrics["camera_travel"], metrics["dynamic_share"], number
         )
-        metrics["groups/skipped"] = float((~active).sum())
+        metrics |= {"groups/skipped": float((~active).sum()), "videos": float(count)}
         return metrics | statistics
 
     def _prompts_of(self, number: int) -> list[int]:

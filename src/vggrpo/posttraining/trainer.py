@@ -83,7 +83,7 @@ def train(
         conditions = Conditions(config, prompts, fixed)
         model = _prepare_model(config, model, conditions, processes)
         if algorithm.needs_lgm:
-            lgm = lgm or load_lgm(config.lgm.path, model.device)
+            lgm = lgm or load_reader(config, model)
         policy = Policy(config, model, processes)
         reader = lgm if algorithm.needs_lgm else None
         context = Context(config, model, policy, reader, prompts, conditions, processes)
@@ -194,7 +194,7 @@ def _prepare_model(
     config: TrainConfig, model: VideoModel | None, conditions: Conditions, processes: Processes
 ) -> VideoModel:
     """The video model with everything encoded, and without the parts that training does not need."""
-    decodes = bool(config.validation.every and config.validation.videos)
+    decodes = config.needs_vae or bool(config.validation.every and config.validation.videos)
     images = bool(conditions.missing_images())
     given = model is not None
     if model is None:
@@ -228,6 +228,15 @@ def _memory_advice() -> Iterator[None]:
             "out of memory: lower grpo.micro_batch and sampling.micro_batch, or set "
             "model.gradient_checkpointing: true, and run again to go on; `vggrpo doctor` estimates what a recipe needs"
         ) from error
+
+
+def load_reader(config: TrainConfig, model: VideoModel) -> GeometryReader:
+    """What reads geometry for the rewards: the LGM, or (`reward.space: rgb`) a geometry model on decoded frames."""
+    if config.reward.space == "rgb":
+        from vggrpo.posttraining.rgb_reader import load_rgb_reader
+
+        return load_rgb_reader(config.reward, model)
+    return load_lgm(config.lgm.path, model.device)
 
 
 def load_lgm(path: str, device: torch.device) -> GeometryReader:

@@ -1,0 +1,143 @@
+"""Config sections of the algorithms, one each, and of the space that rewards are read in. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+EMBEDDED = "embedded"
+
+
+class Section(BaseModel):
+    """A part of the config: unknown keys are errors, values do not change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), use_attribute_docstrings=True)
+
+
+class RewardSpaceConfig(Section):
+    """Where geometry is read, for every algorithm that asks for rewards."""
+
+    space: Literal["latent", "rgb"] = "latent"
+    """"latent": the LGM reads latents. "rgb": the VAE decodes, and a geometry model reads frames (the rival)."""
+    geometry: str = EMBEDDED
+    """`rgb`, and `dpo.pairs: geometry`: directory or hub id of the geometry model; "embedded" is the LGM's teacher."""
+    view_stride: int = Field(default=4, ge=1)
+    """`rgb`, and `dpo.pairs: geometry`: RGB frames from view to view; 4 are the views of a latent frame each."""
+
+
+class GRPOConfig(Section):
+    """The policy-gradient update."""
+
+    prompts_per_update: int = Field(default=4, ge=1)
+    """Groups per update."""
+    samples_per_prompt: int = Field(default=8, ge=2)
+    """Videos per group, K (paper: 64)."""
+    clip: float = Field(default=1e-3, gt=0, lt=1)
+    """Bound e of the ratio: 1 - e to 1 + e."""
+    ratio_norm: bool = False
+    """Normalise the log-ratio by step, so that the clip means the same at all noise levels (GRPO-Guard)."""
+    advantage_clip: float | None = Field(default=5.0, gt=0)
+    """Bound on |A|; null = none."""
+    kl: float = Field(default=0.004, ge=0)
+    """Weight beta of the KL to the model without LoRA; 0 saves one forward pass per replayed step."""
+    kl_unit: Literal["gaussian", "diffusion"] = "gaussian"
+    """"gaussian" divides by 2 s^2 |dt| (the true KL), "diffusion" by 2 s^2 (flow_grpo's, about 10 times smaller at 10
+    steps)."""
+    inner_updates: int = Field(default=1, ge=1)
+    """Optimizer steps per roll-out."""
+    inner_split: bool = True
+    """Each inner update replays its own share of the trained steps (no extra cost); false: each replays all of them."""
+    mode: Literal["decoupled", "sum"] = "decoupled"
+    """Normalise each reward by itself (the paper), or the weighted mean of the rewards."""
+    std: Literal["population", "sample"] = "population"
+    """Which standard deviation divides."""
+    std_scope: Literal["group", "global"] = "group"
+    """Standard deviation of the group, or of all samples of the update."""
+    eps: float = Field(default=1e-4, gt=0)
+    """Added to the standard deviation, in units of the reward."""
+    invalid: Literal["worst", "drop"] = "worst"
+    """A sample whose reward cannot be computed gets its group's worst advantage, or is left out."""
+    base_travel_samples: int = Field(default=2, ge=0)
+    """Roll-outs of the base model per prompt that measure its own camera travel, once per prompt; 0 = off."""
+    collapse_warning: float = Field(default=0.5, ge=0, le=1)
+    """Warn when the mean camera travel or the share of moving pixels over 10 updates falls under this share of the base
+    model's; needs base_travel_samples; 0 = never."""
+    micro_batch: int = Field(default=32, ge=1)
+    """Replayed steps (videos x trained steps) per network call with gradient."""
+
+
+class SFTConfig(Section):
+    """Supervised fine-tuning: flow matching on clips that the rewards like best."""
+
+    videos: str | None = None
+    """Manifest (or folder) of videos to train on, with their prompts; null: clips of the base model itself."""
+    candidates: int = Field(default=4, ge=1)
+    """Clips of the base model per prompt (unused with `videos`)."""
+    keep: float = Field(default=0.25, gt=0, le=1)
+    """Share that is kept, the best by the configured rewards: of each prompt's candidates, or of all videos."""
+    batch: int = Field(default=16, ge=1)
+    """Clips per update."""
+    micro_batch: int = Field(default=16, ge=1)
+    """Clips per network call with gradient."""
+
+
+class DPOConfig(Section):
+    """Direct preference optimisation of the flow on pairs of the base model's clips, scored once."""
+
+    pairs: Literal["epipolar", "geometry", "latent"] = "epipolar"
+    """What makes a clip the better one: the Sampson error of matches (as Epipolar-DPO), dense reprojection by an RGB
+    geometry model (as VideoGPA), or the configured rewards read from latents."""
+    candidates: int = Field(default=4, ge=2)
+    """Clips of the base model per prompt; the best and the worst make a pair."""
+    min_gap: float = Field(default=0.1, ge=0, lt=1)
+    """A pair counts if the better error is smaller by at least this share of the worse one (`latent`: if the mean
+    normalised rewards differ by more than this)."""
+    min_motion: float = Field(default=0.5, ge=0)
+    """Candidates that move less than this share of their prompt's median are left out: a still clip must not win."""
+    beta: float = Field(default=500.0, gt=0)
+    """How strongly a difference of errors (means over the latents) counts."""
+    fps: float = Field(default=8.0, gt=0)
+    """`epipolar`: frames per second of the clips; matches are taken at fixed time gaps."""
+    batch: int = Field(default=8, ge=1)
+    """Pairs per update."""
+    micro_batch: int = Field(default=8, ge=1)
+    """Pairs per network call with gradient (two clips each)."""
+
+
+class DirectConfig(Section):
+    """Backpropagation of the differentiable reward through the last denoising steps."""
+
+    prompts_per_update: int = Field(default=4, ge=1)
+    """Prompts per update."""
+    samples_per_prompt: int = Field(default=2, ge=1)
+    """Clips per prompt."""
+    grad_steps: int = Field(default=1, ge=1)
+    """Last steps of the sampler that carry gradient; memory grows with them."""
+    kl: float = Field(default=1.0, ge=0)
+    """Weight of the squared distance to the base model's velocity (mean over the latents) in those steps."""
+    micro_batch: int = Field(default=4, ge=1)
+    """Clips per backward pass."""
+
+
+class NFTConfig(Section):
+    """Forward-process reinforcement learning (DiffusionNFT): no log-probabilities, any solver."""
+
+    prompts_per_update: int = Field(default=4, ge=1)
+    """Groups per update."""
+    samples_per_prompt: int = Field(default=8, ge=2)
+    """Videos per group."""
+    beta: float = Field(default=1.0, gt=0)
+    """How far the implicit positive and negative policies lie from the one that sampled."""
+    advantage_clip: float = Field(default=2.0, gt=0)
+    """Advantage that makes a clip wholly positive; its negative wholly negative."""
+    times: int = Field(default=4, ge=1)
+    """Noise levels at which each clip is trained per update."""
+    inner_updates: int = Field(default=1, ge=1)
+    """Optimizer steps per roll-out; each takes its own share of the (clip, noise level) pairs."""
+    old: Literal["current", "average"] = "current"
+    """Which policy samples: the current one, or its moving average (`optim.ema`), which is steadier."""
+    kl: float = Field(default=0.01, ge=0)
+    """Weight of the squared distance to the base model's velocity, mean over the latents."""
+    micro_batch: int = Field(default=32, ge=1)
+    """(clip, noise level) pairs per network call with gradient."""

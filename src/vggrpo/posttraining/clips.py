@@ -1,0 +1,188 @@
+"""Clips that are made once, before the first update, and kept as latents in `OUTPUT/clips`: filtered ones for SFT,
+candidates for preference pairs. An interrupted preparation goes on with the prompts that are missing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional
+
+from vggrpo.errors import UserError
+from vggrpo.io.atomic import atomic_path, atomic_write_json, ensure_directory
+from vggrpo.io.manifest import ManifestRow, read_manifest
+from vggrpo.io.video import read_video
+from vggrpo.posttraining.advantage import group_advantages
+from vggrpo.posttraining.algorithm import Context
+from vggrpo.posttraining.batches import measure_base_travel, sample_clips
+from vggrpo.posttraining.scoring import score_latents
+from vggrpo.sampling.seeds import derive_seed
+
+
+@dataclass(frozen=True)
+class Clips:
+    """Stored clips with their prompts."""
+
+    files: list[Path]
+    prompts: list[str]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def read(self, places: Sequence[int], device: torch.device) -> tuple[Float[Tensor, "B C T H W"], list[str]]:
+        """Latents and prompts of some of them."""
+        latents = [load_file(self.files[place])["latents"] for place in places]
+        return torch.stack(latents).to(device), [self.prompts[place] for place in places]
+
+
+def clip_folder(context: Context) -> Path:
+    """Where the run keeps its clips."""
+    return ensure_directory(Path(context.config.output) / "clips")
+
+
+def save_latents(path: Path, **tensors: Float[Tensor, "C T H W"]) -> None:
+    """Write latents, whole or not at all."""
+    with atomic_path(path) as temporary:
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, str(temporary))
+
+
+def base_candidates(context: Context, count: int) -> Iterator[tuple[int, str, Float[Tensor, "K C T H W"]]]:
+    """`count` clips of the base model for every prompt that has no `prompt-N.json` yet, this process's share of them.
+
+    The caller writes that file when it is done with the prompt.
+    """
+    folder, distinct = clip_folder(context), list(dict.fromkeys(context.prompts))
+    mine = [(i, prompt) for i, prompt in enumerate(distinct) if i % context.processes.size == context.processes.rank]
+    todo = [(i, prompt) for i, prompt in mine if not prompt_file(folder, i).is_file()]
+    together = max(1, context.config.sampling.micro_batch // count)
+    for start in range(0, len(todo), together):
+        part = todo[start : start + together]
+        jobs = [
+            (prompt, derive_seed(context.config.seed, "clip", prompt, k)) for _, prompt in part for k in range(count)
+        ]
+        with context.policy.reference():
+            latents = sample_clips(context, [prompt for prompt, _ in jobs], [seed for _, seed in jobs])
+        for (i, prompt), clips in zip(part, latents.split(count), strict=True):
+            yield i, prompt, clips
+
+
+def prompt_file(folder: Path, number: int) -> Path:
+    """What is known about prompt `number`; being there, it says that the prompt is done."""
+    return folder / f"prompt-{number:05d}.json"
+
+
+def read_prompt_files(folder: Path) -> list[dict[str, Any]]:
+    """All of them, in their order."""
+    return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("prompt-*.json"))]
+
+
+def best_clips_of_base(context: Context) -> Clips:
+    """The best `sft.keep` of each prompt's `sft.candidates` clips of the base model, by the configured rewards."""
+    settings, folder = context.config.sft, clip_folder(context)
+    count = max(1, math.ceil(settings.keep * settings.candidates))
+    for number, prompt, latents in base_candidates(context, settings.candidates):
+        merit, valid, values = clip_merit(context, latents, [prompt] * len(latents))
+        order = [k for k in merit.argsort(descending=True, stable=True).tolist() if valid[k]][:count]
+        names = [f"clip-{number:05d}-{k:03d}.safetensors" for k in order]
+        for k, name in zip(order, names, strict=True):
+            save_latents(folder / name, latents=latents[k])
+        atomic_write_json(prompt_file(folder, number), {"prompt": prompt, "files": names, "rewards": values})
+    context.processes.barrier()
+    rows = read_prompt_files(folder)
+    return _not_empty([(folder / name, row["prompt"]) for row in rows for name in row["files"]])
+
+
+def clips_of_videos(context: Context, source: str) -> Clips:
+    """The best `sft.keep` of the videos of a manifest or folder, encoded, by the configured rewards."""
+    folder, config = clip_folder(context), context.config
+    rows, root = manifest_rows(source)
+    for number in range(context.processes.rank, len(rows), context.processes.size):
+        if prompt_file(folder, number).is_file():
+            continue
+        video = fitted_video(root / rows[number].path, config.data.num_frames, (config.data.height, config.data.width))
+        with torch.no_grad():
+            latents = context.model.encode_video(video[None].to(context.model.device))
+        _, valid, values = clip_merit(context, latents, [rows[number].prompt])
+        name = f"clip-{number:05d}.safetensors"
+        save_latents(folder / name, latents=latents[0])
+        atomic_write_json(
+            prompt_file(folder, number),
+            {"prompt": rows[number].prompt, "files": [name] if bool(valid[0]) else [], "rewards": values},
+        )
+    context.processes.barrier()
+    done = [row for row in read_prompt_files(folder) if row["files"]]
+    if not done:
+        return _not_empty([])
+    values = torch.tensor([[row["rewards"][name][0] for row in done] for name in config.rewards])
+    merit = _merit(context, values, torch.zeros(len(done), dtype=torch.long), torch.ones_like(values, dtype=torch.bool))
+    best = sorted(
+        merit.argsort(descending=True, stable=True)[: max(1, math.ceil(config.sft.keep * len(done)))].tolist()
+    )
+    return _not_empty([(folder / done[k]["files"][0], done[k]["prompt"]) for k in best])
+
+
+@torch.no_grad()
+def clip_merit(
+    context: Context, latents: Float[Tensor, "K C T H W"], prompts: Sequence[str]
+) -> tuple[Float[Tensor, " K"], Tensor, dict[str, list[float | None]]]:
+    """How good each clip is among these (normalised rewards, averaged), whether all rewards are valid, and the raw
+    rewards by name."""
+    assert context.lgm is not None
+    travel: dict[str, float] = {}
+    measure_base_travel(context, prompts, travel)
+    config = context.config
+    scores = score_latents(
+        context.lgm, latents, config.rewards, prompts=prompts, base_travel=travel, micro_batch=config.lgm.micro_batch
+    )
+    values, valid = scores.values.cpu(), scores.valid.cpu()
+    merit = _merit(context, values, torch.zeros(len(latents), dtype=torch.long), valid)
+    raw = {name: [v if ok else None for v, ok in zip(row, good, strict=True)]
+           for name, row, good in zip(config.rewards, values.tolist(), valid.tolist(), strict=True)}  # fmt: skip
+    return merit, valid.all(dim=0), raw
+
+
+def manifest_rows(source: str) -> tuple[list[ManifestRow], Path]:
+    """Rows of a manifest, or of a folder that holds `manifest.jsonl`, and what their paths are relative to."""
+    path = Path(source) / "manifest.jsonl" if Path(source).is_dir() else Path(source)
+    if not path.is_file():
+        raise UserError(f"sft.videos: no manifest at {path}; each line needs path, prompt, seed, fps and arm")
+    return read_manifest(path), path.parent
+
+
+def fitted_video(path: Path, num_frames: int, size: tuple[int, int]) -> Float[Tensor, "3 T H W"]:
+    """The first `num_frames` frames of a video in [0, 1], cut to the aspect of `size` around the centre and resized.
+
+    Raises:
+        UserError: when the video is too short.
+    """
+    frames, _ = read_video(path, max_frames=num_frames)
+    if len(frames) < num_frames:
+        raise UserError(f"{path} has {len(frames)} frames, and data.num_frames is {num_frames}; leave it out")
+    video = torch.from_numpy(frames.copy()).permute(0, 3, 1, 2).float() / 255  # (T, 3, H, W)
+    height, width = video.shape[-2:]
+    cut_h, cut_w = min(height, round(width * size[0] / size[1])), min(width, round(height * size[1] / size[0]))
+    top, left = (height - cut_h) // 2, (width - cut_w) // 2
+    video = video[:, :, top : top + cut_h, left : left + cut_w]
+    if video.shape[-2:] != size:
+        video = functional.interpolate(video, size, mode="bilinear", antialias=True, align_corners=False)
+    return video.clamp(0, 1).transpose(0, 1)
+
+
+def _merit(context: Context, values: Tensor, group: Tensor, valid: Tensor) -> Float[Tensor, " N"]:
+    weights = torch.tensor([term.weight for term in context.config.rewards.values()])
+    return group_advantages(values, group, weights=weights, mode=context.config.grpo.mode, valid=valid)
+
+
+def _not_empty(found: list[tuple[Path, str]]) -> Clips:
+    if not found:
+        raise UserError("no clip has valid rewards: there is nothing to train on; see the files in OUTPUT/clips")
+    return Clips([file for file, _ in found], [prompt for _, prompt in found])

@@ -1,0 +1,129 @@
+"""Direct training: backpropagate the differentiable latent reward through the last denoising steps (as DRaFT-K).
+
+    loss = - mean_k r( z_0(theta) )  +  kl * mean over the last steps of |v - v_base|^2 / dims
+
+The first steps run without gradient, the last `direct.grad_steps` with it (truncation). r is the weighted mean of the
+configured rewards. A clip whose reward cannot be computed has no part in the update and is counted.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vggrpo.posttraining.algorithm import Context
+from vggrpo.posttraining.batches import items_of, latent_shape, measure_base_travel, share_of
+from vggrpo.posttraining.forward_losses import velocity_error
+from vggrpo.rewards import RewardContext, get_reward
+from vggrpo.sampling.flow_sde import ode_step
+from vggrpo.sampling.rollout import guided_velocity
+from vggrpo.sampling.seeds import derive_seed, seeded_noise
+from vggrpo.tracking import Stopwatch
+
+
+class Direct:
+    """Gradient ascent on the reward itself."""
+
+    needs_lgm: ClassVar[bool] = True
+
+    def __init__(self, context: Context) -> None:
+        self.context, self.settings = context, context.config.direct
+        sampling, model = context.config.sampling, context.model
+        self.sigmas = model.sigmas(sampling.num_steps, sampling.shift).to(model.device)
+        self.shape = latent_shape(context)
+        self.base_travel: dict[str, float] = {}
+
+    def state(self) -> dict[str, Any]:
+        """The base model's travel by prompt."""
+        return {"base_travel": self.base_travel}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Put back what `state` gave."""
+        self.base_travel = dict(state["base_travel"])
+
+    def update(self, number: int, watch: Stopwatch) -> dict[str, float]:
+        """One optimizer step on fresh clips of the policy."""
+        context, settings, seed = self.context, self.settings, self.context.config.seed
+        chosen = items_of(number, settings.prompts_per_update, len(context.prompts), seed)
+        count = len(chosen) * settings.samples_per_prompt
+        jobs = [
+            (context.prompts[chosen[i // settings.samples_per_prompt]], derive_seed(seed, "direct", number, i))
+            for i in share_of(context, count)
+        ]
+        with watch.stage("base_motion"):
+            measure_base_travel(context, [context.prompts[i] for i in chosen], self.base_travel)
+        sums: dict[str, Tensor] = {}
+        with watch.stage("backward"):
+            for start in range(0, len(jobs), settings.micro_batch):
+                part = jobs[start : start + settings.micro_batch]
+                for name, value in self._backward(part, count).items():
+                    sums[name] = sums.get(name, torch.zeros_like(value)) + value
+        totals = context.processes.sum(torch.stack([sums[name] for name in sorted(sums)]))
+        total = dict(zip(sorted(sums), totals.tolist(), strict=True))
+        valid = total["valid"]
+        with watch.stage("optimizer"):
+            norm = context.policy.step(number, loss=total["loss"])
+        rewards = {n: value / valid if valid else math.nan for n, value in total.items() if n.startswith("reward/")}
+        return rewards | {
+            "loss": total["loss"] / count,
+            "kl": total["kl"] / count,
+            "samples/invalid": count - valid,
+            "grad_norm": norm,
+            "learning_rate": context.policy.learning_rate,
+            "videos": float(count),
+        }
+
+    def _backward(self, jobs: list[tuple[str, int]], count: int) -> dict[str, Tensor]:
+        """Accumulate the gradient of a few clips; sums over them, for the log."""
+        prompts = [prompt for prompt, _ in jobs]
+        latents, kl = self._sample(prompts, [seed for _, seed in jobs])
+        assert self.context.lgm is not None
+        prediction = self.context.lgm(latents)
+        context = RewardContext(prompts, self.base_travel)
+        terms = self.context.config.rewards
+        weights = sum(term.weight for term in terms.values())
+        values = {n: get_reward(n)(prediction, context=context, **t.options).value for n, t in terms.items()}
+        total = torch.stack([terms[name].weight / weights * value for name, value in values.items()]).sum(0)
+        ok = total.detach().isfinite()
+        loss = torch.where(ok, -total, torch.zeros_like(total)) + self.settings.kl * kl
+        (loss.sum() / count).backward()
+        sums = {f"reward/{name}": value.detach()[ok].sum() for name, value in values.items()}
+        return {n: v.double() for n, v in {**sums, "loss": loss.detach().sum(), "kl": kl.detach().sum(),
+                                           "valid": ok.sum()}.items()}  # fmt: skip
+
+    def _sample(self, prompts: list[str], seeds: list[int]) -> tuple[Float[Tensor, "B C T H W"], Float[Tensor, " B"]]:
+        """Clean latents with gradient through the last steps, and the distance to the base model in these steps."""
+        context, model, scale = self.context, self.context.model, self.context.config.sampling.guidance_scale
+        text = context.conditions.text(prompts, model.device)
+        negative = context.conditions.text([""], model.device) if scale != 1 else None
+
+        def velocity(latents: Tensor, step: int) -> Tensor:
+            time = self.sigmas[step].expand(len(seeds))
+            return guided_velocity(model, latents, time, text, guidance_scale=scale, negative_text=negative)
+
+        def advance(latents: Tensor, velocity: Tensor, step: int) -> Tensor:
+            return ode_step(latents, velocity, self.sigmas[step], self.sigmas[step + 1])
+
+        first, last = len(self.sigmas) - 1 - self.settings.grad_steps, len(self.sigmas) - 1
+        kl = torch.zeros(len(seeds), device=model.device)
+        with torch.no_grad():
+            latents = seeded_noise(seeds, self.shape, model.device)
+            for step in range(first):
+                latents = advance(latents, velocity(latents, step), step)
+            # The reference must not come between a forward and its backward, so the states are made once without.
+            references, state = [], latents
+            for step in range(first, last if self.settings.kl > 0 else first):
+                with context.policy.reference():
+                    references.append(velocity(state, step))
+                if step < last - 1:
+                    state = advance(state, velocity(state, step), step)
+        for step in range(first, last):
+            now = velocity(latents, step)
+            if references:
+                kl = kl + velocity_error(now, references[step - first]) / self.settings.grad_steps
+            latents = advance(latents, now, step)
+        return latents, kl
