@@ -1,4 +1,5 @@
-"""The benchmark at full shape: its memory account against the doctor's formula, and one whole update in small."""
+"""The benchmarks of training: memory account against the doctor's formula, one update in small, and how the peer's loop
+is found in its source."""
 
 from __future__ import annotations
 
@@ -10,16 +11,21 @@ import torch
 
 from vggrpo.config import load_config
 from vggrpo.doctor import SHAPES, TransformerShape
+from vggrpo.errors import UserError
 
-FILE = Path(__file__).parents[2] / "benchmarks" / "full_shape.py"
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
 def benchmark():
-    spec = importlib.util.spec_from_file_location("full_shape", FILE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("full_shape")
 
 
 @pytest.mark.parametrize("recipe", ["wan2.1-t2v-1.3b", "wan2.2-ti2v-5b"])
@@ -57,3 +63,37 @@ def test_one_update_in_small(benchmark, monkeypatch):
     result = benchmark.measure(config)
     assert result["reward_is_a_stand_in"] and 0 < result["reward_share"] < 1 and result["grad_norm"] > 0
     assert result["seconds/rollout"] > 0 and result["seconds/replay"] > 0 and result["videos"] == 4
+
+
+def test_linearity(benchmark):
+    assert benchmark._linearity([1.0, 3.0, 5.0]) == pytest.approx(1)
+    assert benchmark._linearity([1.0, 1.0, 4.0]) == pytest.approx(0.75)
+
+
+def test_the_peers_loop_is_compiled_from_its_source(tmp_path):
+    peer = load("against_flow_grpo")
+    source = """
+def compute_log_prob(j):
+    return j + 1
+
+def main(_):
+    for epoch in range(2):
+        for j in tqdm(train_timesteps, desc="Timestep"):
+            with accelerator.accumulate(None):
+                accelerator.backward(compute_log_prob(j) * weight)
+                optimizer.step()
+"""
+    file = tmp_path / "train.py"
+    file.write_text(source)
+    namespace, loop = peer._training_loop(file)
+    weight = torch.zeros((), requires_grad=True)
+    accelerator = peer._Accelerator(3, [weight])
+    optimizer = peer._Every(3, torch.optim.SGD([weight], lr=1.0))
+    exec(loop, namespace | {"train_timesteps": range(3), "accelerator": accelerator, "optimizer": optimizer,
+                            "weight": weight})  # fmt: skip
+    assert float(weight) == pytest.approx(-(1 + 2 + 3) / 3)  # one step, of the mean over the accumulated losses
+    file.write_text(source.replace("train_timesteps", "others"))
+    with pytest.raises(UserError, match="another version"):
+        peer._training_loop(file)
+    with pytest.raises(UserError, match="checkout"):
+        peer._training_loop(tmp_path / "absent.py")
