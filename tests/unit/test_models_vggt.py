@@ -174,6 +174,33 @@ def test_an_lgm_on_the_public_model_learns_in_its_own_sizes(tmp_path: Path) -> N
     torch.testing.assert_close(again.depth, out.depth.detach(), rtol=1e-4, atol=1e-4)
 
 
+def test_layers_are_walked_in_one_pass_and_only_heads_safe_ones_are_entered() -> None:
+    model = public()
+    with torch.no_grad():
+        walked = list(model.walk(clip()))
+        assert len(walked) == len(model.stitch_points())
+        for layer, tokens in enumerate(walked):
+            torch.testing.assert_close(tokens, model.tap(clip(), layer), rtol=0, atol=0)
+    config = LGMConfig(geometry="there", vae="test", latent_channels=4, layer=3)
+    with pytest.raises(UserError, match=r"layer is 3, but the heads of there .* choose one of 0 to 2"):
+        LatentGeometryModel(config, model)
+
+
+@torch.no_grad()
+def test_half_precision_one_view_and_the_meta_device() -> None:
+    model = public()
+    want = model(clip())
+    with torch.autocast("cpu", torch.bfloat16):
+        half = model(clip())
+    assert half.depth.dtype == half.cam2world.dtype == torch.float32  # heads run in full precision
+    torch.testing.assert_close(half.depth, want.depth, rtol=0.05, atol=0.05)
+    assert not torch.equal(half.depth, want.depth)
+    single = model(clip()[:, :1])
+    assert single.depth.shape == (2, 1, 42, 56)
+    torch.testing.assert_close(single.cam2world[:, 0], torch.eye(4).expand(2, 4, 4), rtol=0, atol=1e-6)
+    assert model.to("meta")(clip().to("meta")).points.shape == (2, 3, 42, 56, 3)
+
+
 def test_sizes_and_lora_targets() -> None:
     model = public()
     assert model.image_size_for((480, 832)) == (420, 728) and model.image_size_for((704, 1280)) == (616, 1120)

@@ -67,6 +67,12 @@ class LatentGeometryModel(nn.Module):
                 f"this LGM was made for a geometry model of type {config.backend!r}, {config.geometry} holds a "
                 f"{geometry.model_type!r}; name the one it was made for"
             )
+        points = geometry.stitch_points()
+        if config.layer not in points:
+            raise UserError(
+                f"layer is {config.layer}, but the heads of {config.geometry} read tokens before that; choose one of "
+                f"{points[0]} to {points[-1]}"
+            )
         self.config = config
         self.geometry: Any = geometry
         self.connector = Connector(config.latent_channels, geometry.embed_dim(config.layer), config.stride)

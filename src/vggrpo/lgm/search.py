@@ -100,7 +100,8 @@ def _targets(
     geometry: GeometryModel, frames: Tensor, layers: list[int]
 ) -> tuple[Float[Tensor, "N sumD"], list[Float[Tensor, "2 M D"]]]:
     """Patch tokens of all layers side by side, and the mean special tokens of each layer."""
-    tapped = [geometry.tap(frames, layer) for layer in layers]
+    taken = dict(zip(range(max(layers) + 1), geometry.walk(frames), strict=False))
+    tapped = [taken[layer] for layer in layers]
     counts = [geometry.special_tokens(layer).shape[1] for layer in layers]
     patches = torch.cat([t[:, :, m:].flatten(0, 2) for t, m in zip(tapped, counts, strict=True)], 1)
     special = [

@@ -17,6 +17,8 @@ points. `any4d_geometry` turns all of it into `GeometryPrediction`.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -29,7 +31,7 @@ from torch import Tensor, nn
 from vggrpo.geometry import GeometryPrediction
 from vggrpo.models.any4d_geometry import to_prediction
 from vggrpo.models.any4d_layers import FeatureHead, PoseHead, RegressorHead, ScaleHead, Trunk, dense
-from vggrpo.models.border import check_frames, patch_image_size, rigid, rotation_from_xyzw
+from vggrpo.models.border import check_frames, full_precision, patch_image_size, rigid, rotation_from_xyzw
 from vggrpo.models.dinov2 import DinoConfig, DinoV2
 from vggrpo.models.pretrained import build, write_pretrained
 
@@ -103,13 +105,18 @@ class Any4D(nn.Module):
         """Width of the tokens after `layer`: the same in the whole encoder."""
         return self.config.encoder.dim
 
-    def tap(self, frames: Float[Tensor, "B S 3 H W"], layer: int) -> Float[Tensor, "B S N D"]:
-        """All tokens after `layer`: the class token, then the patches."""
+    def walk(self, frames: Float[Tensor, "B S 3 H W"]) -> Iterator[Float[Tensor, "B S N D"]]:
+        """All tokens after layer 0, 1, ...: the class token, then the patches."""
         check_frames(frames, self.config.encoder.patch)
         x = self._dino.embed(frames.flatten(0, 1))
-        for block in self._dino.blocks[:layer]:
+        yield x.unflatten(0, frames.shape[:2])
+        for block in self._dino.blocks:
             x = block(x)
-        return x.unflatten(0, frames.shape[:2])
+            yield x.unflatten(0, frames.shape[:2])
+
+    def tap(self, frames: Float[Tensor, "B S 3 H W"], layer: int) -> Float[Tensor, "B S N D"]:
+        """All tokens after `layer`, a stitch point."""
+        return next(islice(self.walk(frames), layer, None))
 
     def resume(self, tokens: Float[Tensor, "B S N D"], layer: int, grid: tuple[int, int]) -> GeometryPrediction:
         """Geometry from the tokens after `layer`; maps have `patch` pixels a token."""
@@ -149,11 +156,10 @@ class Any4D(nn.Module):
         for block in self._dino.blocks[layer:]:
             x = block(x)
         patches = self._dino.norm(x)[:, self._dino.special :].unflatten(0, shape)
-        device = patches.device.type
-        with torch.autocast(device, enabled=False):
+        with full_precision(patches.device):
             encoded = self.fusion_norm_layer(patches.float())
         shared, scale = self.info_sharing(encoded, self.scale_token, self.config.hooks)
-        with torch.autocast(device, enabled=False):  # the public model runs its heads in full precision, too
+        with full_precision(patches.device):  # the public model runs its heads in full precision, too
             maps = [x.float().flatten(0, 1).transpose(1, 2).unflatten(2, grid) for x in (encoded, *shared)]
             return self._assemble(maps, scale.float(), shape)
 

@@ -8,7 +8,7 @@ videos in [0, 1].
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -160,8 +160,12 @@ class GeometryModel(Protocol):
         """Width of the tokens that layer `layer` puts out."""
         ...
 
+    def walk(self, frames: Float[Tensor, "B S 3 H W"]) -> Iterator[Float[Tensor, "B S N D"]]:
+        """All tokens after layer 0, 1, ... up to the last stitch point; special ones first, then patches row by row."""
+        ...
+
     def tap(self, frames: Float[Tensor, "B S 3 H W"], layer: int) -> Float[Tensor, "B S N D"]:
-        """All tokens after layer `layer`, special ones first, then patches row by row."""
+        """All tokens after layer `layer`, a stitch point."""
         ...
 
     def resume(self, tokens: Float[Tensor, "B S N D"], layer: int, grid: tuple[int, int]) -> GeometryPrediction:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -55,6 +57,12 @@ def fov_intrinsics(fov: Float[Tensor, "*batch 2"], size: tuple[int, int]) -> Flo
     half = torch.tensor([size[1], size[0]], dtype=fov.dtype, device=fov.device) / 2
     focal = half / (fov.flip(-1) / 2).tan().clamp_min(1e-6)
     return pinhole(focal, half.expand_as(focal))
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[None]:
+    """Without autocast, as geometry heads run: a degree is 0.017, bf16 rounds poses away."""
+    available = torch.amp.is_autocast_available(device.type)  # not on the meta device, where costs are counted
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
 def check_frames(frames: Tensor, patch: int) -> None:

@@ -14,6 +14,8 @@ is z-depth in a unit of the clip's own. The model knows static scenes: no flow, 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -23,7 +25,14 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from vggrpo.geometry import GeometryPrediction, anchor_cameras
-from vggrpo.models.border import check_frames, fov_intrinsics, patch_image_size, rigid, rotation_from_xyzw
+from vggrpo.models.border import (
+    check_frames,
+    fov_intrinsics,
+    full_precision,
+    patch_image_size,
+    rigid,
+    rotation_from_xyzw,
+)
 from vggrpo.models.depth_anything_3_layers import AnyViewDino, CameraDecoder
 from vggrpo.models.dinov2 import DinoConfig
 from vggrpo.models.dpt import MapHead
@@ -86,13 +95,18 @@ class DepthAnything3(nn.Module):
         """Width of the tokens after `layer`: the same everywhere."""
         return self.config.encoder.dim
 
-    def tap(self, frames: Float[Tensor, "B S 3 H W"], layer: int) -> Float[Tensor, "B S N D"]:
-        """All tokens after `layer`: the class token (from layer `turn` + 1 on, the camera token), then the patches."""
+    def walk(self, frames: Float[Tensor, "B S 3 H W"]) -> Iterator[Float[Tensor, "B S N D"]]:
+        """All tokens after layer 0, 1, ...: the class token (after `turn` the camera token), then the patches."""
         check_frames(frames, self.config.encoder.patch)
         tokens = self._dino.embed(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
-        for index in range(layer):
+        yield tokens
+        for index in self.stitch_points()[:-1]:
             tokens = self._dino.step(tokens, index, self._grid(frames))
-        return tokens
+            yield tokens
+
+    def tap(self, frames: Float[Tensor, "B S 3 H W"], layer: int) -> Float[Tensor, "B S N D"]:
+        """All tokens after `layer`, a stitch point."""
+        return next(islice(self.walk(frames), layer, None))
 
     def resume(self, tokens: Float[Tensor, "B S N D"], layer: int, grid: tuple[int, int]) -> GeometryPrediction:
         """Geometry from the tokens after `layer`; maps have `patch` pixels a token."""
@@ -110,9 +124,7 @@ class DepthAnything3(nn.Module):
             if index in self.config.hooks:
                 maps.append(torch.cat([within, self._dino.norm(tokens)], -1)[:, :, 1:])
         camera = torch.cat([within[:, :, 0], tokens[:, :, 0]], -1)
-        with torch.autocast(
-            camera.device.type, enabled=False
-        ):  # the public model runs its heads in full precision, too
+        with full_precision(camera.device):  # as the public model runs its heads
             planes = [x.float().flatten(0, 1).transpose(1, 2).unflatten(2, grid) for x in maps]
             patch = self.config.encoder.patch
             dense = self.head(planes, (patch * grid[0], patch * grid[1])).unflatten(0, tokens.shape[:2])

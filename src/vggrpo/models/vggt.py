@@ -14,6 +14,8 @@ encoding: translation, xyzw, fields of view); everything that leaves this file f
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -23,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from vggrpo.geometry import GeometryPrediction
-from vggrpo.models.border import check_frames, patch_image_size
+from vggrpo.models.border import check_frames, full_precision, patch_image_size
 from vggrpo.models.dinov2 import DinoConfig, DinoV2
 from vggrpo.models.dpt import MapHead
 from vggrpo.models.pretrained import build, read_config, read_weights, reading, write_pretrained
@@ -123,18 +125,23 @@ class VGGT(nn.Module):
         """Width of the tokens after `layer`: the same everywhere."""
         return self.config.dim
 
-    def tap(self, frames: Float[Tensor, "B S 3 H W"], layer: int) -> Float[Tensor, "B S N D"]:
-        """All tokens after `layer`; before the attention, the special tokens are parameters of stem or trunk."""
+    def walk(self, frames: Float[Tensor, "B S 3 H W"]) -> Iterator[Float[Tensor, "B S N D"]]:
+        """All tokens after layer 0, 1, ...; before attention, the special tokens are parameters of stem or trunk."""
         check_frames(frames, self.config.patch)
+        grid = self._grid(frames)
         if isinstance(self.stem, DinoV2):
             tokens = self.stem.embed(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
         else:
             tokens = self._add_special(self.stem(frames).flatten(3).permute(0, 2, 3, 1))
-        grid = (frames.shape[-2] // self.config.patch, frames.shape[-1] // self.config.patch)
-        tokens = self._encode(tokens, 0, min(layer, self.encoder_layers), grid)
-        for pair in range(layer - self.encoder_layers):
-            tokens = self._pair(tokens, pair, grid)[1]
-        return tokens
+        yield tokens
+        for layer in self.stitch_points()[:-1]:
+            pair = layer - self.encoder_layers
+            tokens = self._encode(tokens, layer, layer + 1, grid) if pair < 0 else self._pair(tokens, pair, grid)[1]
+            yield tokens
+
+    def tap(self, frames: Float[Tensor, "B S 3 H W"], layer: int) -> Float[Tensor, "B S N D"]:
+        """All tokens after `layer`, a stitch point."""
+        return next(islice(self.walk(frames), layer, None))
 
     def resume(self, tokens: Float[Tensor, "B S N D"], layer: int, grid: tuple[int, int]) -> GeometryPrediction:
         """Geometry from the tokens after `layer`; maps have `patch` pixels a token."""
@@ -166,8 +173,7 @@ class VGGT(nn.Module):
 
     def predict(self, frames: Float[Tensor, "B S 3 H W"]) -> tuple[GeometryPrediction, dict[str, Tensor]]:
         """`forward` with the raw outputs that a loss needs."""
-        grid = (frames.shape[-2] // self.config.patch, frames.shape[-1] // self.config.patch)
-        return self.resume_raw(self.tap(frames, 0), 0, grid)
+        return self.resume_raw(self.tap(frames, 0), 0, self._grid(frames))
 
     def resume_raw(
         self, tokens: Float[Tensor, "B S N D"], layer: int, grid: tuple[int, int]
@@ -185,7 +191,7 @@ class VGGT(nn.Module):
 
     def _encode(self, tokens: Float[Tensor, "B S N D"], layer: int, until: int, grid: tuple[int, int]) -> Tensor:
         """Tokens after layer `until` of the encoder from those after `layer`; unchanged where that is past it."""
-        if layer >= self.encoder_layers and (layer or isinstance(self.stem, DinoV2)):
+        if layer >= self.encoder_layers:
             return tokens
         b, s = tokens.shape[:2]
         if isinstance(self.stem, DinoV2):
@@ -224,21 +230,24 @@ class VGGT(nn.Module):
         special, size = 1 + self.config.registers, self._pixels(grid)
         maps = [x[:, :, special:].flatten(0, 1).transpose(1, 2).unflatten(2, grid) for x in hooked]
         pooled = torch.cat([tokens[:, :, 0], tokens[:, :, special:].mean(2)], -1)
-        with torch.autocast(pooled.device.type, enabled=False):  # a degree is 0.017: bf16 would round poses away
+        with full_precision(pooled.device):
             pose = self.camera_head(self.camera_norm(pooled.float()))
         dense = self.dense_head(maps, size).unflatten(0, tokens.shape[:2])
-        with torch.autocast(dense.device.type, enabled=False):  # matrices of poses are multiplied in full precision
+        with full_precision(dense.device):
             return light_prediction(pose, dense.float(), self._frame_index(dense), self.config.dynamic_threshold)
 
     def _dpt(self, hooked: list[Tensor], grid: tuple[int, int]) -> tuple[GeometryPrediction, dict[str, Tensor]]:
         """The public decoder, in full precision throughout."""
         size, special = self._pixels(grid), 1 + self.config.registers
-        with torch.autocast(hooked[0].device.type, enabled=False):
+        with full_precision(hooked[0].device):
             pose = self.camera_head(hooked[-1][:, :, 0].float())
             maps = [x[:, :, special:].float().flatten(0, 1).transpose(1, 2).unflatten(2, grid) for x in hooked]
             dense = self.depth_head(maps, size).unflatten(0, pose.shape[:2])
             own = self.point_head(maps, size).unflatten(0, pose.shape[:2]) if self.config.points == "head" else None
             return dpt_prediction(pose, dense, self._frame_index(dense), own)
+
+    def _grid(self, frames: Tensor) -> tuple[int, int]:
+        return frames.shape[-2] // self.config.patch, frames.shape[-1] // self.config.patch
 
     def _pixels(self, grid: tuple[int, int]) -> tuple[int, int]:
         return grid[0] * self.config.patch, grid[1] * self.config.patch
