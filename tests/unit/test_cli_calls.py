@@ -66,7 +66,9 @@ def test_generate_reads_its_prompts_first(tmp_path, capsys):
 def test_audit_reward(monkeypatch):
     call = stand_in(monkeypatch, "vggrpo.evaluation.audit", "audit_reward")
     assert main(["audit-reward", "--output", "out", "--clips", "8"]) == 0
-    call.assert_called_once_with("embedded", Path("out"), clips=8, seed=0)
+    call.assert_called_once_with(
+        "embedded", Path("out"), clips=8, seed=0, video_model=None, judge=None, num_frames=17, size=(64, 64)
+    )
 
 
 def test_world_pretrain(monkeypatch):

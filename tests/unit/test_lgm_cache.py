@@ -209,14 +209,15 @@ def test_generated_clips_and_unknown_depth():
     assert row["views"].shape == (3, 3, *SIZE)
 
     class Far(type(teacher())):
-        def forward(self, frames):
-            out = super().forward(frames)
+        def predict(self, frames):
+            out, raw = super().predict(frames)
             out.depth[0, 0, 0, :3] = torch.tensor([torch.inf, torch.nan, 1e6])
-            return out
+            return out, raw | {"flow_from_first": out.points - out.points[:, :1]}
 
     model = teacher()
     model.__class__ = Far
     (row,) = encode_clips([Clip("g#0", latents=latents)], BlockVAE(), model, 4)
+    assert row["flow_from_first"].shape == (3, *SIZE, 3)
     assert row["depth"].isfinite().all() and row["conf"][0, 0, :2].tolist() == [0, 0] and row["conf"][0, 0, 2] > 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vggrpo.commands import (
+    analyze_lgm,
     audit_reward,
     benchmark,
     compare,
@@ -20,6 +21,7 @@ COMMANDS = (
     demo,
     train,
     train_lgm,
+    analyze_lgm,
     audit_reward,
     generate,
     evaluate,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from vggrpo.commands.arguments import START_AGAIN, Subparsers, at_least
+from vggrpo.commands.arguments import START_AGAIN, Subparsers, at_least, image_size
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -22,6 +22,10 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/audit"), help="directory (default: %(default)s)")
     parser.add_argument("--clips", type=at_least(8), default=96, help="clips of each kind (default: %(default)s)")
     parser.add_argument("--seed", type=at_least(0), default=0, help="first seed (default: %(default)s)")
+    parser.add_argument("--video-model", help="pipeline whose latents the LGM reads (default: the embedded one)")
+    parser.add_argument("--judge", help="geometry model that the LGM was not made from (default: the embedded one)")
+    parser.add_argument("--frames", type=at_least(3), default=17, help="RGB frames a clip (default: %(default)s)")
+    parser.add_argument("--size", type=image_size, default=(64, 64), help="HEIGHTxWIDTH of the clips (default: 64)")
     parser.set_defaults(run=run, resume=START_AGAIN)
 
 
@@ -29,4 +33,13 @@ def run(arguments: argparse.Namespace) -> None:
     """Audit; the function prints its table and writes it."""
     from vggrpo.evaluation.audit import audit_reward
 
-    audit_reward(arguments.lgm, arguments.output, clips=arguments.clips, seed=arguments.seed)
+    audit_reward(
+        arguments.lgm,
+        arguments.output,
+        clips=arguments.clips,
+        seed=arguments.seed,
+        video_model=arguments.video_model,
+        judge=arguments.judge,
+        num_frames=arguments.frames,
+        size=arguments.size,
+    )

@@ -7,10 +7,14 @@ on generated clips?
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -21,6 +25,7 @@ from vggrpo.evaluation.statistics import spearman, within_group_spearman
 from vggrpo.geometry import GeometryPrediction
 from vggrpo.io.atomic import atomic_write_json, ensure_directory
 from vggrpo.lgm import LatentGeometryModel
+from vggrpo.lgm.cache import teacher_views
 from vggrpo.models.base import GeometryModel
 from vggrpo.models.loading import load_geometry_model
 from vggrpo.models.wan import WanVideoModel
@@ -45,9 +50,14 @@ def audit_reward(
     seed: int = 0,
     batch: int = 8,
     models: Path | None = None,
+    video_model: str | Path | None = None,
+    judge: str | Path | None = None,
+    num_frames: int = 17,
+    size: tuple[int, int] = (64, 64),
 ) -> dict[str, Any]:
-    """Audit an LGM on the embedded world; prints a table, writes `audit.json` (which it returns) and `audit.html`.
+    """Audit an LGM; prints a table, writes `audit.json` (which it returns) and `audit.html`.
 
+    The clips of known truth are rendered by the embedded world at the size that is asked for, whatever the video model.
     Training looks for `audit.json` in the LGM's own directory; with that as `output` the LGM carries its audit along.
 
     Args:
@@ -55,12 +65,17 @@ def audit_reward(
         clips: rendered clips of each kind, and generated clips (in groups of four per prompt).
         seed: offset of all seeds.
         models: directory with `judge` and `pipeline`; default: the shipped ones.
+        video_model: pipeline whose VAE the LGM reads and whose clips are judged, instead of `models`'.
+        judge: geometry model that had no part in the LGM's training, instead of `models`'.
+        num_frames, size: RGB frames and (height, width) of all clips.
     """
     model = LatentGeometryModel.from_pretrained(assets.path("lgm") if str(lgm) == "embedded" else lgm)
     judge_path, pipeline = (assets.path(n) if models is None else models / n for n in ("judge", "pipeline"))
-    judge, video_model = load_geometry_model(judge_path), WanVideoModel.from_pretrained(pipeline)
-    rendered = _rendered_terms(model, judge, video_model, clips, seed, batch)
-    generated = _generated_terms(model, judge, video_model, clips, seed, batch)
+    generator = WanVideoModel.from_pretrained(video_model or pipeline)
+    model.check_latents_of(generator.latent_spec)
+    subject = _Subject(model, load_geometry_model(judge or judge_path), generator, num_frames, size)
+    rendered = _rendered_terms(subject, clips, seed, batch)
+    generated = _generated_terms(subject, clips, seed, batch)
     floor, base = _mean(rendered["smooth"]["lgm"]["e_geo"]), _mean(generated["lgm"]["e_geo"])
     both = {
         who: {t: torch.cat([rendered[k][who][t] for k in ("smooth", "handheld")]) for t in TERMS[:2]}
@@ -75,6 +90,7 @@ def audit_reward(
         "floor": floor, "base_value": base, "ratio": floor / base, "spearman_truth": truth, "spearman_judge": agreement,
         "floor_judge": _mean(rendered["smooth"]["judge"]["e_geo"]),
         "base_value_judge": _mean(generated["judge"]["e_geo"]),
+        "samples_needed": samples_needed(generated["lgm"]["e_geo"]),
         "clips": clips, "seed": seed, "passed": bool(passed),
     }  # fmt: skip
     write_audit_page(ensure_directory(output) / "audit.html", result, rendered, generated, groups)
@@ -84,49 +100,81 @@ def audit_reward(
     return result
 
 
+@dataclass(frozen=True)
+class _Subject:
+    """What is audited, with which clips."""
+
+    lgm: LatentGeometryModel
+    judge: GeometryModel
+    video_model: WanVideoModel
+    num_frames: int
+    size: tuple[int, int]
+
+    @property
+    def view_stride(self) -> int:
+        """RGB frames between two views of the LGM."""
+        return self.lgm.config.temporal_stride if self.lgm.config.view_rate == "latent" else 1
+
+    def judged(self, video: Float[Tensor, "B 3 T H W"]) -> GeometryPrediction:
+        """The judge on the LGM's views."""
+        return self.judge(teacher_views(video, self.judge, self.view_stride).float() / 255)
+
+
+def samples_needed(values: Float[Tensor, " N"], power: float = 0.8, level: float = 0.05) -> dict[str, int | None]:
+    """Clips an arm that a difference of 5, 10, 20 % of the mean needs to be seen: two-sided z-test, equal variances.
+
+    `n = 2 (z_level/2 + z_power)^2 (std / difference)^2`; None where there is no spread to go by.
+    """
+    normal = NormalDist()
+    known = values[values.isfinite()].double()
+    if len(known) < 3 or not known.std() > 0:
+        return {f"{percent}%": None for percent in (5, 10, 20)}
+    factor = 2 * (normal.inv_cdf(1 - level / 2) + normal.inv_cdf(power)) ** 2
+    spread = (known.std() / known.mean()).item()
+    return {f"{percent}%": math.ceil(factor * (100 * spread / percent) ** 2) for percent in (5, 10, 20)}
+
+
 def _terms(prediction: GeometryPrediction) -> dict[str, Tensor]:
     return {k: v for r in (camera_motion_smoothness(prediction), geometry_reprojection_consistency(prediction))
             for k, v in r.terms.items() if k in TERMS}  # fmt: skip
 
 
 @torch.inference_mode()
-def _rendered_terms(
-    lgm: LatentGeometryModel, judge: GeometryModel, video_model: WanVideoModel, clips: int, seed: int, batch: int
-) -> dict[str, dict[str, dict[str, Tensor]]]:
+def _rendered_terms(subject: _Subject, clips: int, seed: int, batch: int) -> dict[str, dict[str, dict[str, Tensor]]]:
     """Terms of rendered clips by kind (smooth, handheld, wobble) and by who measures (lgm, judge, truth)."""
     rows: dict[str, dict[str, list[dict[str, Tensor]]]] = {}
     for low in range(0, clips, batch):
         seeds = range(AUDIT_SEED + seed + low, AUDIT_SEED + seed + min(low + batch, clips))
-        smooth = sample_batch(seeds, shake="smooth")
+        shape: dict[str, Any] = {"num_frames": subject.num_frames, "size": subject.size}
+        smooth = sample_batch(seeds, shake="smooth", **shape)
         # From none to four pixels, so that a rank correlation has something to order.
         amplitude = 4 * torch.rand(len(seeds), generator=torch.Generator().manual_seed(seed + low))
         worlds = {
             "smooth": smooth,
-            "handheld": sample_batch(seeds, shake="handheld"),
+            "handheld": sample_batch(seeds, shake="handheld", **shape),
             "wobble": wobble(smooth, amplitude, seed + low),
         }
         for kind, world in worlds.items():
             target = rows.setdefault(kind, {"lgm": [], "judge": [], "truth": []})
-            target["lgm"].append(_terms(lgm(video_model.encode_video(world.video))))
-            target["judge"].append(_terms(judge(world.views().video.transpose(1, 2))))
-            target["truth"].append(_terms(world.geometry()))
+            target["lgm"].append(_terms(subject.lgm(subject.video_model.encode_video(world.video))))
+            target["judge"].append(_terms(subject.judged(world.video)))
+            target["truth"].append(_terms(world.geometry(subject.view_stride)))
     return {kind: {who: _joined(parts) for who, parts in by.items()} for kind, by in rows.items()}
 
 
 @torch.inference_mode()
-def _generated_terms(
-    lgm: LatentGeometryModel, judge: GeometryModel, video_model: WanVideoModel, clips: int, seed: int, batch: int
-) -> dict[str, dict[str, Tensor]]:
+def _generated_terms(subject: _Subject, clips: int, seed: int, batch: int) -> dict[str, dict[str, Tensor]]:
     """Terms of the base generator's clips, `GROUP` a prompt in a row."""
     prompts = [p for p in sample_prompts(max(1, clips // GROUP), seed + 1, split="heldout") for _ in range(GROUP)]
-    shape = video_model.latent_spec.latent_shape(17, 64, 64)
+    video_model = subject.video_model
+    shape = video_model.latent_spec.latent_shape(subject.num_frames, *subject.size)
     rows: dict[str, list[dict[str, Tensor]]] = {"lgm": [], "judge": []}
     for low in range(0, len(prompts), batch):
         part = prompts[low : low + batch]
         seeds = list(range(seed + low, seed + low + len(part)))
         latents = ode_sample(video_model, video_model.encode_prompt(part), shape=shape, seeds=seeds, num_steps=STEPS)
-        rows["lgm"].append(_terms(lgm(latents)))
-        rows["judge"].append(_terms(judge(video_model.decode(latents)[:, :, ::4].transpose(1, 2))))
+        rows["lgm"].append(_terms(subject.lgm(latents)))
+        rows["judge"].append(_terms(subject.judged(video_model.decode(latents))))
     return {who: _joined(parts) for who, parts in rows.items()}
 
 
@@ -168,4 +216,6 @@ def _print(result: dict[str, Any]) -> None:
         table.add_row(
             f"Spearman with the judge in a group, {term}", f"{result['spearman_judge'][term]:.2f}", f">= {MIN_JUDGE}"
         )
+    needed = ", ".join(f"{size}: {count}" for size, count in result["samples_needed"].items())
+    table.add_row("clips an arm to see e_geo fall by", needed, "")
     Console().print(table)

@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 IDENTITY = "cache.json"
 _MAPS = ("depth", "conf", "scene_flow", "dynamic_mask", "subject_mask")
 _CAMERAS = ("cam2world", "intrinsics")
+FIRST_FLOW = "flow_from_first"  # raw output of backends whose flow head follows the points of view 0 (Any4D)
 _HALF_MAX = 6e4  # float16 ends at 65504; what lies further away is as good as infinite
 
 
@@ -227,8 +228,10 @@ def encode_clips(clips: Sequence[Clip], vae: VAE, teacher: GeometryModel, view_s
         video = torch.stack([clip.video for clip in clips if clip.video is not None]).to(device).float() / 255
         latents = vae.encode_video(video)
     views = teacher_views(video, teacher, view_stride)
-    geometry = teacher(views.float() / 255)  # type: ignore[operator]
+    geometry, raw = teacher.predict(views.float() / 255)
     rows = {"latents": latents.half(), "views": views} | pack_geometry(geometry)
+    if FIRST_FLOW in raw:
+        rows[FIRST_FLOW] = raw[FIRST_FLOW].half()
     return [{name: value[i].cpu().contiguous() for name, value in rows.items()} for i in range(len(clips))]
 
 

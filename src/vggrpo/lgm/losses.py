@@ -82,6 +82,7 @@ def distillation_loss(
     raw: dict[str, Tensor],
     teacher: GeometryPrediction,
     weights: dict[str, float] = WEIGHTS,
+    first_flow: Float[Tensor, "B S H W 3"] | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
     """`geometry_loss` against the word of a teacher, in the teacher's unit.
 
@@ -89,6 +90,8 @@ def distillation_loss(
 
     Args:
         raw: logits of the masks, where the network has such heads (`dynamic_logit`, `subject_logit`).
+        first_flow: the teacher's `flow_from_first`, for a backend whose flow head says that: it is learned in place of
+            the scene flow, which such a backend derives from it by visibility.
     """
     scale = depth_unit(teacher)
     prediction, target = unit_depth(prediction, scale), unit_depth(teacher, scale)
@@ -100,6 +103,9 @@ def distillation_loss(
         told = known[..., None] & target.scene_flow.isfinite()
         target.scene_flow = torch.where(told, target.scene_flow, own.scene_flow)
     parts, _ = _shape_parts(prediction, target)
+    if first_flow is not None:
+        miss = (raw["flow_from_first"] - first_flow).abs().sum(-1) / scale[:, None, None, None]
+        parts["flow"] = torch.where(known[:, :1], miss, torch.zeros_like(miss)).mean()
     parts["conf"] = (prediction.conf - target.conf).abs().mean()
     _add_masks(parts, raw, target)
     return _weighted(parts, weights)

@@ -18,10 +18,12 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from vggrpo import assets
+from vggrpo.config import EMBEDDED
 from vggrpo.errors import UserError
 from vggrpo.geometry import GeometryPrediction
 from vggrpo.lgm.connector import Connector, ViewRate, at_view_rate
-from vggrpo.models.base import GeometryModel
+from vggrpo.models.base import GeometryModel, LatentSpec
 from vggrpo.models.licences import licence_of
 from vggrpo.models.loading import load_geometry_model
 from vggrpo.models.pretrained import (
@@ -102,6 +104,31 @@ class LatentGeometryModel(nn.Module):
         prediction.frame_index = torch.arange(s, device=latents.device) * step
         return prediction, raw
 
+    def check_latents_of(self, spec: LatentSpec) -> None:
+        """Refuse to read the latents of another VAE: sizes, and the normalisation where both state it.
+
+        Raises:
+            UserError: names what differs.
+        """
+        config = self.config
+        pairs: list[tuple[str, object, object]] = [
+            ("channels", config.latent_channels, spec.channels),
+            ("frames a latent frame", config.temporal_stride, spec.temporal_stride),
+            ("pixels a latent cell", config.spatial_stride or spec.spatial_stride, spec.spatial_stride),
+        ]
+        for name, ours, stated in (("mean", config.latents_mean, spec.mean), ("std", config.latents_std, spec.std)):
+            if ours and stated:
+                same = len(ours) == len(stated) and all(
+                    abs(a - b) <= 1e-4 * (1 + abs(a)) for a, b in zip(ours, stated, strict=True)
+                )
+                pairs.append((f"latents_{name}", "its own" if same else "its own, of other numbers", "its own"))
+        for name, mine, theirs in pairs:
+            if mine != theirs:
+                raise UserError(
+                    f"this LGM reads latents of the VAE {config.vae!r}, not of this video model's "
+                    f"({name}: {mine} instead of {theirs}); use the LGM that was made for it, or `vggrpo train-lgm`"
+                )
+
     def add_lora(self) -> None:
         """Freeze the geometry model and put a trainable LoRA on its layers after the stitch point."""
         self.geometry.requires_grad_(False)
@@ -132,14 +159,14 @@ class LatentGeometryModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> LatentGeometryModel:
-        """Read what `save_pretrained` wrote, with the geometry model that it names.
+        """Read what `save_pretrained` wrote, with the geometry model that it names; "embedded" is the shipped LGM.
 
         Ready for use, nothing requires gradients.
 
         Raises:
             UserError: missing or damaged files, or weights that do not fit the config.
         """
-        directory = Path(directory)
+        directory = assets.path("lgm") if str(directory) == EMBEDDED else Path(directory)
         remedy = "make one with `vggrpo world pretrain lgm`, or copy it again"
         with reading("latent geometry model", directory, remedy):
             values = read_config(directory)
@@ -175,7 +202,7 @@ class LatentGeometryModel(nn.Module):
                 f"latents of shape (B, {self.config.latent_channels}, T, H, W) of the VAE "
                 f"{self.config.vae!r} are needed, got {tuple(latents.shape)}"
             )
-        if not torch.isfinite(latents).all():
+        if not latents.is_meta and not torch.isfinite(latents).all():
             raise UserError("latents hold NaN or infinity; check the sampler or the file that they come from")
 
 

@@ -20,7 +20,7 @@ from vggrpo.checkpoint import load_latest, save_checkpoint
 from vggrpo.config_lgm import DistillConfig, TrainLGMConfig, check_resumable
 from vggrpo.distributed import Processes
 from vggrpo.errors import UserError
-from vggrpo.lgm.cache import CachedClips
+from vggrpo.lgm.cache import FIRST_FLOW, CachedClips
 from vggrpo.lgm.losses import distillation_loss, geometry_errors
 from vggrpo.lgm.model import LatentGeometryModel, LGMConfig
 from vggrpo.lgm.search import StitchFit
@@ -143,7 +143,8 @@ class _Distillation:
             self.model.train()
             with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.bf16):
                 prediction, raw = self.model.predict(latents)
-            loss, parts = distillation_loss(prediction, raw, target, settings.weights)
+            first_flow = rows[FIRST_FLOW].to(self.device).float() if FIRST_FLOW in rows else None
+            loss, parts = distillation_loss(prediction, raw, target, settings.weights, first_flow)
             (loss / self.processes.size).backward()
             self.processes.sum_gradients(self.trained.values())
             norm = nn.utils.clip_grad_norm_(list(self.trained.values()), settings.grad_clip)

@@ -15,6 +15,7 @@ _ROPE_BASE = 100.0
 
 
 @lru_cache(maxsize=32)
+@torch.inference_mode(False)  # what is kept must serve a later call that has gradients, too
 def _across_tables(patches: int, head_dim: int) -> tuple[Tensor, Tensor]:
     """Positions that tell a view's camera token from its patches and nothing more: (0, 0) and (1, 1)."""
     return tuple(

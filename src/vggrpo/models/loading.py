@@ -16,6 +16,7 @@ from vggrpo.errors import UserError
 from vggrpo.models.base import GeometryModel
 from vggrpo.models.licences import licence_of
 from vggrpo.models.pretrained import read_config, read_weights, reading
+from vggrpo.models.vae import VAE, ImageVAE
 from vggrpo.models.wan import WanVideoModel
 
 logger = logging.getLogger(__name__)
@@ -53,6 +54,17 @@ def load_video_model(
         load_vae=load_vae,
         load_text=load_text,
     )
+
+
+def load_vae(path: str | Path, *, device: str = "auto", load_generator: bool = True) -> VAE:
+    """A VAE by its directory: an image autoencoder (`*_encoder.pth`), or the video model of any other path.
+
+    Args:
+        load_generator: also load what turns prompts into clips, where there is such a thing.
+    """
+    if Path(path).is_dir() and any(Path(path).glob("*_encoder.*")):
+        return ImageVAE.from_pretrained(path, pick_device(device))
+    return load_video_model(path, device=device, load_text=load_generator)
 
 
 def load_geometry_model(source: str | Path) -> GeometryModel:

@@ -64,6 +64,7 @@ class Compare(nn.Module):
 
 
 @lru_cache(maxsize=8)
+@torch.inference_mode(False)  # what is kept must serve a later call that has gradients, too
 def _windows(height: int, width: int, radius: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Index (P, K) of the K cells around each of P = height x width, rows first, and whether they exist."""
     ys, xs = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 
 @lru_cache(maxsize=32)
+@torch.inference_mode(False)  # what is kept must serve a later call that has gradients, too
 def rope_tables(grid: tuple[int, int], special: int, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
     """cos and sin (special + h w, head_dim) of the 2D rotary embedding; special tokens sit at 0, patches at 1.. ."""
     h, w = grid

@@ -26,7 +26,7 @@ from vggrpo.distributed import Processes
 from vggrpo.errors import UserError
 from vggrpo.io.atomic import atomic_write, ensure_directory
 from vggrpo.io.manifest import read_jsonl
-from vggrpo.models.base import VideoModel
+from vggrpo.models.base import LatentSpec, VideoModel
 from vggrpo.models.loading import load_video_model
 from vggrpo.posttraining.algorithm import Algorithm, Context, find_algorithm
 from vggrpo.posttraining.card import lora_card
@@ -236,15 +236,17 @@ def load_reader(config: TrainConfig, model: VideoModel) -> GeometryReader:
         from vggrpo.posttraining.rgb_reader import load_rgb_reader
 
         return load_rgb_reader(config.reward, model)
-    return load_lgm(config.lgm.path, model.device)
+    return load_lgm(config.lgm.path, model.device, model.latent_spec)
 
 
-def load_lgm(path: str, device: torch.device) -> GeometryReader:
-    """The configured LGM, frozen, on the model's device."""
+def load_lgm(path: str, device: torch.device, spec: LatentSpec | None = None) -> GeometryReader:
+    """The configured LGM, frozen, on the model's device; with `spec`, one made for another VAE is refused."""
     from vggrpo.lgm import LatentGeometryModel
 
     directory = assets.path("lgm") if path == EMBEDDED else Path(path)
     lgm = LatentGeometryModel.from_pretrained(directory)
+    if spec is not None:
+        lgm.check_latents_of(spec)
     _warn_unaudited(directory)
     return lgm.to(device).eval().requires_grad_(False)
 

@@ -17,6 +17,7 @@ from vggrpo.geometry import GeometryPrediction
 from vggrpo.lgm.losses import geometry_errors, geometry_loss, unit_depth
 from vggrpo.lgm.model import LatentGeometryModel, LGMConfig
 from vggrpo.lgm.search import StitchFit, search_layers
+from vggrpo.lgm.training import mean_errors
 from vggrpo.models.vggt import VGGT
 from vggrpo.models.wan import WanVideoModel
 from vggrpo.pretraining.data import Shards, mirror
@@ -151,18 +152,14 @@ def measure_lgm(
     lgm: LatentGeometryModel, teacher: VGGT, clips: LatentClips, count: int = 256
 ) -> dict[str, dict[str, float]]:
     """Held-out errors of LGM and RGB model on the same rendered clips."""
-    rows: dict[str, dict[str, list[Tensor]]] = {"lgm": {}, "rgb": {}}
+    rows: dict[str, list[dict[str, Tensor]]] = {"lgm": [], "rgb": []}
     for low in range(0, min(count, len(clips)), 16):
         index = torch.arange(low, min(low + 16, count, len(clips)))
         world = clips.truth.world(index)
         target = world.geometry(every=1)
-        for name, prediction in (
-            ("lgm", lgm(clips.latents[index].float())),
-            ("rgb", teacher(world.video.transpose(1, 2))),
-        ):
-            for key, value in geometry_errors(prediction, target).items():
-                rows[name].setdefault(key, []).append(value)
-    return {name: {k: torch.cat(v).nanmean().item() for k, v in errors.items()} for name, errors in rows.items()}
+        rows["lgm"].append(geometry_errors(lgm(clips.latents[index].float()), target))
+        rows["rgb"].append(geometry_errors(teacher(world.video.transpose(1, 2)), target))
+    return {name: mean_errors(errors) for name, errors in rows.items()}
 
 
 @torch.no_grad()

@@ -7,7 +7,6 @@ state.
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
 from collections.abc import Callable
@@ -17,6 +16,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from vggrpo.lgm.training import warmup_cosine
 
 Loss = Callable[[nn.Module, int, torch.Generator], tuple[Tensor, dict[str, float]]]
 
@@ -36,10 +37,7 @@ class Schedule:
 
     def lr_at(self, step: int) -> float:
         """Linear warm-up, then cosine to 2 % of the peak."""
-        if step < self.warmup:
-            return self.lr * (step + 1) / self.warmup
-        done = (step - self.warmup) / max(1, self.steps - self.warmup)
-        return self.lr * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+        return warmup_cosine(step, peak=self.lr, total=self.steps, warmup=self.warmup)
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:

@@ -30,7 +30,7 @@ class LatentGeometryReward(nn.Module):
 
     Args:
         lgm: the latent geometry model.
-        chunk: clips that go through the LGM at once; lower it when memory is short.
+        chunk: clips that go through the LGM at once; halved, for good, whenever a CUDA device runs out of memory.
         differentiable: keep the graph from rewards to latents (for guidance and direct training).
     """
 
@@ -42,14 +42,25 @@ class LatentGeometryReward(nn.Module):
     def from_pretrained(
         cls, directory: str | Path, chunk: int = 16, differentiable: bool = False
     ) -> LatentGeometryReward:
-        """Load the LGM from a directory; errors are those of `LatentGeometryModel.from_pretrained`."""
+        """Load the LGM from a directory, or "embedded" for the shipped one.
+
+        Errors are those of `LatentGeometryModel.from_pretrained`.
+        """
         return cls(LatentGeometryModel.from_pretrained(directory), chunk, differentiable)
 
     def forward(self, latents: Float[Tensor, "B C T H W"]) -> dict[str, Float[Tensor, " B"]]:
         """`motion` and `geometry` rewards in [0, 1], `valid` (bool), all terms (`e_trans`, `e_rot`, `e_geo`, ...)."""
         with torch.set_grad_enabled(self.differentiable and torch.is_grad_enabled()):
-            parts = [self._score(piece) for piece in latents.split(self.chunk)]
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            while True:
+                try:
+                    parts = [self._score(piece) for piece in latents.split(self.chunk)]
+                    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+                except torch.cuda.OutOfMemoryError:
+                    if min(self.chunk, len(latents)) == 1:
+                        raise
+                # Outside of the handler, which would keep the failed call's tensors alive.
+                self.chunk = max(1, min(self.chunk, len(latents)) // 2)
+                torch.cuda.empty_cache()
 
     def _score(self, latents: Tensor) -> dict[str, Tensor]:
         prediction = self.lgm(latents)

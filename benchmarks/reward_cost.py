@@ -1,0 +1,42 @@
+"""Time, peak memory and FLOPs of a reward at full shape: through RGB, and through an LGM of either view rate.
+
+    python benchmarks/reward_cost.py [--model wan2.1|wan2.2] [--layer 0] [--flops-only]
+
+Weights are random: a cost does not depend on them. VAE and Any4D run in bfloat16 under autocast for all paths,
+which favours the RGB path. Without a CUDA device only the operations are counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import torch
+
+from vggrpo.evaluation.lgm_cost import WAN_2_1, WAN_2_2, cost_table, full_shape, reward_paths
+from vggrpo.models.any4d import Any4D, Any4DConfig
+
+
+def main() -> None:
+    """Print one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=("wan2.1", "wan2.2"), default="wan2.1", help="default: %(default)s")
+    parser.add_argument("--layer", type=int, default=0, help="stitch point (default: %(default)s)")
+    parser.add_argument("--flops-only", action="store_true", help="count, measure nothing")
+    parser.add_argument("--repeats", type=int, default=3, help="timed calls after a warm-up (default: %(default)s)")
+    arguments = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() and not arguments.flops_only else "meta")
+    model = WAN_2_1 if arguments.model == "wan2.1" else WAN_2_2
+    torch.manual_seed(0)
+    paths = reward_paths(*full_shape(model, lambda: Any4D(Any4DConfig()), device, arguments.layer))
+    if device.type == "cuda":
+        with torch.autocast("cuda", torch.bfloat16):
+            table = cost_table(paths, device, arguments.repeats)
+    else:
+        table = cost_table(paths, device)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "none: operations only"
+    print(json.dumps({"model": model["name"], "layer": arguments.layer, "device": name, "paths": table}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
