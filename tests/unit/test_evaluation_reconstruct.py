@@ -20,6 +20,8 @@ from vggrpo.evaluation.reconstruct import reconstruct_video
 from vggrpo.io.cameras import read_colmap, read_tum
 from vggrpo.io.points import read_ply
 from vggrpo.io.video import write_video
+from vggrpo.models.any4d import Any4D, Any4DConfig
+from vggrpo.models.dinov2 import DinoConfig
 from vggrpo.world import WorldBatch, sample_batch
 
 
@@ -83,6 +85,19 @@ def test_the_embedded_models_read_a_clip(video, tmp_path, capsys, lgm):
     assert "17 frames of 48x32 pixels, seen as 5 views" in said and "index.html" in said
     assert main([*arguments, "--views", "2"]) == 0  # an earlier reconstruction is replaced
     assert len(list((tmp_path / "out" / "depth").glob("*.png"))) == 2
+
+
+def test_a_network_of_other_patches_sees_a_size_that_it_can_divide(tmp_path, monkeypatch):
+    encoder = DinoConfig(dim=32, depth=3, heads=4, position_grid=5)
+    sizes = {"dim": 48, "heads": 4, "layers": 6, "hooks": (2, 3), "widths": (8, 12, 16, 20), "features": 16}
+    torch.manual_seed(0)
+    network = Any4D(Any4DConfig(encoder=encoder, scale_hidden=12, **sizes))
+    monkeypatch.setattr(reconstruct, "load_geometry_model", lambda source: network)
+    noise = np.random.default_rng(0).integers(0, 255, (6, 45, 100, 3), dtype=np.uint8)
+    clip = load_clip(write_video(tmp_path / "odd.mp4", noise, 24), 592)
+    seen, prediction, _ = reconstruct._from_frames(clip, "any4d", 16, "cpu")
+    assert prediction.size == seen.frames.shape[1:3] == (42, 84)  # 46x100 in the file, 3x6 patches of 14
+    assert seen.index == [0, 4] and clip.source_size == (46, 100)
 
 
 @pytest.mark.skipif(chromium_path() is None, reason="no Chromium on this machine")

@@ -32,27 +32,35 @@ def start_server(found: Reconstruction, port: int = 8080, *, host: str = "127.0.
     server.scene.set_up_direction("-y")
     cloud, p = found.cloud, found.prediction
     extent = float(np.median(np.linalg.norm(cloud.points - np.median(cloud.points, axis=0), axis=1)))
-    size = 0.006 * extent
+    size = 0.012 * extent
     still = ~cloud.moving
     server.scene.add_point_cloud("/still", cloud.points[still], cloud.colours[still], point_size=size)
-    moving, cameras = [], []
+    cameras: list[Any] = []
+    moving: dict[int, Any] = {}
     height, width = p.size
     for view, image in enumerate(found.clip.frames):
         own = cloud.moving & (cloud.view == view)
-        moving.append(
-            server.scene.add_point_cloud(f"/moving/{view}", cloud.points[own], cloud.colours[own], point_size=size)
-        )
+        if own.any():  # the browser's side refuses an empty cloud
+            name = f"/moving/{view}"
+            moving[view] = server.scene.add_point_cloud(name, cloud.points[own], cloud.colours[own], point_size=size)
         pose = p.cam2world[0, view].double().numpy()
         fov = float(2 * np.arctan(height / 2 / p.intrinsics[0, view, 1, 1]))  # vertical
         turn = viser.transforms.SO3.from_matrix(pose[:3, :3]).wxyz
         name, shape = f"/cameras/{view}", {"fov": fov, "aspect": width / height, "scale": 0.08 * extent}
         cameras.append(server.scene.add_camera_frustum(name, image=image, wxyz=turn, position=pose[:3, 3], **shape))
-    slider = server.gui.add_slider("view", 0, len(moving) - 1, 1, 0)
+    slider = server.gui.add_slider("view", 0, len(cameras) - 1, 1, 0)
 
     def show(_: Any = None) -> None:
-        for view, (points, camera) in enumerate(zip(moving, cameras, strict=True)):
+        for view, points in moving.items():
             points.visible = view == slider.value
+        for view, camera in enumerate(cameras):
             camera.color = (230, 120, 20) if view == slider.value else (120, 120, 120)
+
+    @server.on_client_connect
+    def _(client: Any) -> None:
+        # From behind and above the first camera, which sits at the origin and looks along z.
+        client.camera.position = (0.5 * extent, -1.0 * extent, -2.0 * extent)
+        client.camera.look_at = tuple(np.median(cloud.points, axis=0).tolist())
 
     slider.on_update(show)
     show()
