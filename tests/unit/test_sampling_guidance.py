@@ -185,3 +185,16 @@ def test_the_command_builds_the_steering(tiny_wan_dir, tmp_path, monkeypatch, ca
                         (["--guidance", "-1"], "scale")):  # fmt: skip
         assert main([*arguments, "--guidance", "1", *wrong]) == 2
         assert said in capsys.readouterr().err
+
+
+def test_an_lgm_that_first_judged_can_guide_afterwards():
+    """Tables that networks keep must not be inference tensors, whoever asks for them first."""
+    from test_lgm import latents, tiny_lgm
+
+    lgm, clip = tiny_lgm(), latents(size=(6, 9))
+    with torch.inference_mode():
+        lgm(clip)
+    reward = WeightedLatentReward(lgm, {"camera_motion_smoothness": 1.0})
+    guidance = RewardGuidance(reward, 1.0)
+    found = guidance.velocity(torch.zeros_like, clip, torch.full((len(clip),), 0.5), ["a"] * len(clip))
+    assert guidance.skipped == 0 and found.isfinite().all() and found.any()

@@ -12,6 +12,7 @@ from vggrpo.commands import (
     evaluate,
     generate,
     reconstruct,
+    reproduce,
     train,
     train_lgm,
     world,
@@ -28,6 +29,7 @@ COMMANDS = (
     compare,
     benchmark,
     reconstruct,
+    reproduce,
     world,
     doctor,
 )

@@ -87,7 +87,9 @@ class Direct:
         terms = self.context.config.rewards
         weights = sum(term.weight for term in terms.values())
         values = {n: get_reward(n)(prediction, context=context, **t.options).value for n, t in terms.items()}
-        total = torch.stack([terms[name].weight / weights * value for name, value in values.items()]).sum(0)
+        # A reward of weight 0 is only watched: where it cannot be computed, it must not spoil the sum.
+        parts = [terms[name].weight / weights * value for name, value in values.items() if terms[name].weight > 0]
+        total = torch.stack(parts).sum(0)
         ok = total.detach().isfinite()
         loss = torch.where(ok, -total, torch.zeros_like(total)) + self.settings.kl * kl
         (loss.sum() / count).backward()

@@ -20,6 +20,7 @@ from torch import Tensor
 from vggrpo.errors import UserError
 from vggrpo.posttraining.advantage import group_advantages
 from vggrpo.posttraining.algorithm import Context
+from vggrpo.posttraining.batches import items_of
 from vggrpo.posttraining.replay import OldPolicy, Replayer, ReplayStatistics, all_transitions, inner_parts
 from vggrpo.posttraining.scoring import Scores, measure_motion, score_latents
 from vggrpo.posttraining.watch import MotionWatch, reward_metrics
@@ -113,16 +114,7 @@ class GRPO:
 
     def _prompts_of(self, number: int) -> list[int]:
         """Indices of the update's prompts: a new random order of all prompts each time round."""
-        total, per_update = len(self.prompts), self.config.grpo.prompts_per_update
-        orders: dict[int, list[int]] = {}
-        chosen = []
-        for place in range(number * per_update, (number + 1) * per_update):
-            epoch, offset = divmod(place, total)
-            if epoch not in orders:
-                generator = torch.Generator().manual_seed(derive_seed(self.config.seed, "order", epoch))
-                orders[epoch] = torch.randperm(total, generator=generator).tolist()
-            chosen.append(orders[epoch][offset])
-        return chosen
+        return items_of(number, self.config.grpo.prompts_per_update, len(self.prompts), self.config.seed)
 
     def _window(self, number: int) -> tuple[int, ...]:
         sampling = self.config.sampling

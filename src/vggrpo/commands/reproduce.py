@@ -1,0 +1,61 @@
+"""`vggrpo reproduce`: the paper's tables and figures, on the embedded world or with any recipe."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from vggrpo.commands.arguments import GO_ON, Subparsers, at_least
+
+NAMES = ("main", "rewards", "geometry", "generalisation", "guidance", "efficiency", "robustness")
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Add `reproduce`."""
+    parser = subparsers.add_parser(
+        "reproduce",
+        help="a table or figure of the paper: train, generate, evaluate, compare",
+        description=(
+            "Run the recipe of a table: train its arms, generate the same prompts and seeds with each, evaluate, and "
+            "compare with the base model. Writes TABLE.json, TABLE.md and TABLE.png into OUTPUT. Trainings are shared "
+            "by the tables of one OUTPUT. The full size takes a night on a laptop."
+        ),
+    )
+    parser.add_argument("table", choices=[*NAMES, "all"], help="which one")
+    parser.add_argument("--output", type=Path, default=Path("runs/reproduce"), help="directory (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="smallest sizes: shows that it runs, and nothing else")
+    parser.add_argument("--config", default="tiny", help="recipe that the arms change (default: %(default)s)")
+    parser.add_argument("--seeds", type=at_least(1), default=3, help="training runs an arm (default: %(default)s)")
+    parser.add_argument("--prompts", type=at_least(2), default=96, help="at most, of each set (default: %(default)s)")
+    parser.add_argument("--videos", type=at_least(1), default=2, help="a prompt and model (default: %(default)s)")
+    parser.add_argument("--steps", type=at_least(2), default=20, help="denoising steps (default: %(default)s)")
+    parser.add_argument("--guidance-scale", type=float, default=3.0, help="classifier-free (default: %(default)s)")
+    parser.add_argument("--updates", type=at_least(1), help="of GRPO; the rivals get as many videos (default: recipe)")
+    parser.add_argument("--arms", nargs="+", default=[], metavar="ARM", help="only these arms")
+    parser.add_argument("--sets", nargs="+", default=[], metavar="SET", help="prompt sets (default: the table's)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: %(default)s)")
+    parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="config fields of all trainings")
+    parser.set_defaults(run=run, resume=GO_ON)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Run the recipes one after the other."""
+    from vggrpo.reproduce import Settings, reproduce
+
+    settings = Settings(
+        config=arguments.config,
+        seeds=arguments.seeds,
+        prompts=arguments.prompts,
+        videos=arguments.videos,
+        steps=arguments.steps,
+        guidance_scale=arguments.guidance_scale,
+        updates=arguments.updates,
+        device=arguments.device,
+        overrides=tuple(arguments.set),
+        sets=tuple(arguments.sets),
+    )
+    names = NAMES if arguments.table == "all" else (arguments.table,)
+    written = reproduce(
+        names, arguments.output, settings.smallest() if arguments.quick else settings, arms=arguments.arms
+    )
+    print("results in " + ", ".join(str(path) for path in written))

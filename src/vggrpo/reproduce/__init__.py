@@ -1,0 +1,8 @@
+"""The paper's tables and figures, one recipe each: train, generate, evaluate and compare, as the commands do."""
+
+from __future__ import annotations
+
+from vggrpo.reproduce.recipes import STUDIES, TABLES, Arm, Table
+from vggrpo.reproduce.run import Settings, reproduce
+
+__all__ = ["STUDIES", "TABLES", "Arm", "Settings", "Table", "reproduce"]

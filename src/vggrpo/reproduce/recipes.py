@@ -1,0 +1,159 @@
+"""What each table of the paper compares: arms, prompt sets, and what the paper found.
+
+An arm is what it changes: config fields of training (on top of the recipe), how it samples, or both. Arms of one name
+are one run, so tables share what they have in common.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vggrpo.config import TrainConfig
+
+_MOTION, _GEOMETRY = "camera_motion_smoothness", "geometry_reprojection_consistency"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One row of a table.
+
+    Attributes:
+        name: also of its run.
+        about: one sentence.
+        train: config overrides of its training; None: the base model.
+        lora_of: the arm whose LoRA it samples with; "": its own (or none, if it is not trained).
+        guidance: scale of latent reward guidance.
+        detach: guidance without the video model's gradient.
+        candidates: best of so many.
+        group: factor on K; prompts per update (or updates) change so that the videos stay as many.
+    """
+
+    name: str
+    about: str
+    train: tuple[str, ...] | None = None
+    lora_of: str = ""
+    guidance: float = 0.0
+    detach: bool = False
+    candidates: int = 1
+    group: float = 1.0
+
+
+@dataclass(frozen=True)
+class Table:
+    """A comparison of arms with the base model on prompt sets; `claim` is what the paper found."""
+
+    title: str
+    claim: str
+    arms: tuple[Arm, ...]
+    sets: tuple[str, ...] = ("world-static", "world-dynamic")
+
+
+VGGRPO = Arm("vggrpo", "GRPO on the motion and the geometry reward, read from latents", ())
+
+TABLES: dict[str, Table] = {
+    "main": Table(
+        "Main comparison",
+        "VGGRPO is ahead of SFT and of both DPO rivals on static and on dynamic prompts.",
+        (
+            Arm("sft", "flow matching on the base model's best clips", ("algorithm=sft",)),
+            Arm("dpo-epipolar", "flow-DPO, pairs by the Sampson error of matches", ("algorithm=dpo",)),
+            Arm("dpo-geometry", "flow-DPO, pairs by reprojection in RGB", ("algorithm=dpo", "dpo.pairs=geometry")),
+            VGGRPO,
+            Arm("nft", "forward-process RL on the same rewards", ("algorithm=nft",)),
+            Arm("direct", "backpropagation of the same rewards", ("algorithm=direct",)),
+        ),
+    ),
+    "rewards": Table(
+        "Ablation of the rewards and of the update",
+        "The motion reward alone steadies the camera while the structure still breaks; with both, both hold.",
+        (
+            Arm("motion-only", "the motion reward alone", (f"rewards.{_GEOMETRY}.weight=0",)),
+            Arm("geometry-only", "the geometry reward alone", (f"rewards.{_MOTION}.weight=0",)),
+            VGGRPO,
+            Arm("summed", "one normalisation of the summed rewards", ("grpo.mode=sum",)),
+            Arm("no-kl", "no KL to the base model", ("grpo.kl=0",)),
+            Arm("no-hinge", "no hinge on the camera's travel", (f"rewards={{{_MOTION}: 1.0, {_GEOMETRY}: 1.0}}",)),
+            Arm("half-groups", "K halved, as many videos in all", (), group=0.5),
+            Arm("double-groups", "K doubled, as many videos in all", (), group=2.0),
+            Arm("adherence", "and the camera goes where the prompt sends it", ("rewards.camera_adherence=0.5",)),
+            Arm("rigidity", "and subjects keep their shape", ("rewards.subject_rigidity=0.5",)),
+        ),
+    ),
+    "geometry": Table(
+        "Ablation of the geometry model",
+        "4D geometry, which knows what moves, matters on dynamic prompts; RGB rewards cost more and are no better.",
+        (
+            VGGRPO,
+            Arm("static-masks", "nothing is masked, as with a static geometry model",
+                (f"rewards.{_GEOMETRY}.options.movers=none",)),
+            Arm("subject-masks", "subjects are masked, not what scene flow calls moving",
+                (f"rewards.{_GEOMETRY}.options.movers=subject",)),
+            Arm("rgb", "the rewards read decoded frames", ("reward.space=rgb",)),
+        ),
+        ("world-dynamic", "world-static"),
+    ),
+    "generalisation": Table(
+        "Prompts of another style than those of training",
+        "The gain carries over to standard benchmark prompts.",
+        (VGGRPO,),
+        ("world-static", "world-dynamic", "static", "dynamic"),
+    ),
+    "guidance": Table(
+        "Test-time latent reward guidance",
+        "Guidance improves base and tuned models without training.",
+        (
+            Arm("guided-30", "guidance, scale 30", guidance=30.0),
+            Arm("guided-100", "guidance, scale 100", guidance=100.0),
+            Arm("guided-300", "guidance, scale 300", guidance=300.0),
+            Arm("guided-100-detached", "scale 100 without the video model's gradient", guidance=100.0, detach=True),
+            Arm("best-of-4", "the best of 4 candidates by the same reward", candidates=4),
+            VGGRPO,
+            Arm("vggrpo-guided-100", "VGGRPO and guidance", lora_of="vggrpo", guidance=100.0),
+        ),
+    ),
+}  # fmt: skip
+STUDIES = {
+    "efficiency": "Cost of a reward: through latents and through RGB frames",
+    "robustness": "What noise on the latents does to the LGM and to decode-then-geometry",
+}
+"""Recipes that train nothing: `vggrpo analyze-lgm` answers them."""
+
+
+def equal_budget(config: TrainConfig, prompts: int, group: float = 1.0) -> list[str]:
+    """Overrides that give an arm the videos and the gradient samples (videos x trained steps) of the GRPO recipe.
+
+    Args:
+        config: of the arm, with the GRPO section of the recipe.
+        prompts: training prompts; the offline rivals share the videos out among them.
+        group: factor on K.
+    """
+    grpo, window = config.grpo, config.sampling.window
+    per_update = grpo.prompts_per_update * grpo.samples_per_prompt
+    videos, samples = config.updates * per_update, config.updates * per_update * window
+    candidates = max(2, round(videos / prompts))
+    size = max(2, round(grpo.samples_per_prompt * group))
+    groups = max(1, round(grpo.prompts_per_update / group))
+
+    def updates(count: int, each: int) -> str:
+        return f"updates={max(1, round(count / each))}"
+
+    return {
+        "grpo": [
+            f"grpo.samples_per_prompt={size}",
+            f"grpo.prompts_per_update={groups}",
+            updates(videos, size * groups),
+        ],
+        "sft": [f"sft.candidates={candidates}", "sft.batch=16", updates(samples, 16)],
+        "dpo": [f"dpo.candidates={candidates}", "dpo.batch=8", updates(samples, 16)],
+        "nft": [
+            f"nft.prompts_per_update={grpo.prompts_per_update}",
+            f"nft.samples_per_prompt={grpo.samples_per_prompt}",
+            f"nft.times={window}",
+        ],
+        # A direct update takes its gradient through the last step alone: as many videos, fewer gradient samples.
+        "direct": [
+            f"direct.prompts_per_update={grpo.prompts_per_update}",
+            "direct.samples_per_prompt=2",
+            updates(videos, 2 * grpo.prompts_per_update),
+        ],
+    }[config.algorithm]

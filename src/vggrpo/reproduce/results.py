@@ -1,0 +1,187 @@
+"""Results of a recipe as JSON, Markdown and a picture: differences from the base model with their intervals."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+
+from vggrpo.io.atomic import atomic_path, atomic_write, atomic_write_json
+
+HEADLINE = ("epipolar_inliers", "judge_reprojection")
+SHOWN = (*HEADLINE, "flow_cycle", "camera_acceleration", "adherence", "kernel_distance", "motion_flow",
+         "motion_reward", "geometry_reward")  # fmt: skip
+FEWEST_PROMPTS = 8  # an interval of fewer prompts earns no mark
+_GREEN, _RED, _GREY, _BLACK = (60, 140, 40), (50, 50, 200), (150, 150, 150), (30, 30, 30)  # BGR
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were made on."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "platform": platform.platform(),
+        "processors": os.cpu_count(),
+        "gpu": gpu,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "vggrpo": version("vggrpo"),
+    }
+
+
+def write_results(folder: Path, name: str, result: Mapping[str, Any]) -> Path:
+    """Write `NAME.json`, `NAME.md` and, for a table, `NAME.png`; returns the Markdown."""
+    atomic_write_json(folder / f"{name}.json", dict(result))
+    if "sets" in result:
+        picture = forest(result)
+        with atomic_path(folder / f"{name}.png") as temporary:
+            temporary.write_bytes(cv2.imencode(".png", picture)[1].tobytes())
+        return atomic_write(folder / f"{name}.md", _markdown(result, f"{name}.png"))
+    return atomic_write(folder / f"{name}.md", _study_markdown(result))
+
+
+def _markdown(result: Mapping[str, Any], picture: str) -> str:
+    lines = [f"# {result['title']}", "", f"The paper: {result['claim']}", ""]
+    if result["settings"]["quick"]:
+        lines += ["**A quick run: it shows that the recipe works, and nothing else.**", ""]
+    lines += [f"![differences]({picture})", ""]
+    for prompt_set, rows in result["sets"].items():
+        names = [name for name in SHOWN if any(name in row["metrics"] for row in rows.values())]
+        first = next(iter(rows.values()))
+        lines += [f"## {prompt_set}", "", "Difference from the base model, mean over prompts [95 % interval].", ""]
+        lines += ["| arm | " + " | ".join(_head(name, rows) for name in names) + " | motion ratio | counts |"]
+        lines += ["|" + "---|" * (len(names) + 3)]
+        bases = " | ".join(_number(first["metrics"].get(name, {}).get("base")) for name in names)
+        lines += [f"| base | {bases} | 1 | |"]
+        for arm, row in rows.items():
+            cells = " | ".join(_difference(row["metrics"].get(name)) for name in names)
+            lines += [f"| {arm} | {cells} | {_number(row['motion_ratio'])} | {'yes' if row['counts'] else 'no'} |"]
+        lines += [""]
+    lines += ["## Arms and budgets", "", "| arm | what | training videos | training seconds | seconds a video |"]
+    lines += ["|---|---|---|---|---|"]
+    for arm, about in result["arms"].items():
+        numbers = (about.get("training_videos"), about.get("training_seconds"),
+                   about.get("sampling", {}).get("seconds_per_video"))  # fmt: skip
+        lines += [f"| {arm} | {about['about']} | " + " | ".join(_number(number) for number in numbers) + " |"]
+    return "\n".join([*lines, "", *_footer(result)]) + "\n"
+
+
+def _study_markdown(result: Mapping[str, Any]) -> str:
+    found = result["found"]
+    lines = [f"# {result['title']}", ""]
+    if result["settings"]["quick"]:
+        lines += ["**A quick run: it shows that the recipe works, and nothing else.**", ""]
+    if "noise" in found:
+        lines += _noise_table(found["noise"], found["reference"])
+    for shape, paths in found.get("cost", {}).items():
+        lines += [f"Geometry of one clip, {shape}.", "", "| path | TFLOP | of RGB | seconds | of RGB | peak GiB |"]
+        lines += ["|---|---|---|---|---|---|"]
+        for path, row in paths.items():
+            peak = row.get("peak_bytes")
+            numbers = (row["flops"] / 1e12, row["flops_of_rgb"], row.get("seconds"), row.get("time_of_rgb"),
+                       None if peak is None else peak / 2**30)  # fmt: skip
+            lines += [f"| {path} | " + " | ".join(_number(number) for number in numbers) + " |"]
+        lines += [""]
+    return "\n".join([*lines, *_footer(result)[2:]]) + "\n"
+
+
+def _noise_table(noise: Mapping[str, Any], reference: str) -> list[str]:
+    """Errors of both ways at every noise level, the LGM's first."""
+    names = list(noise["lgm_better_from"])
+    lines = [f"Errors against {reference}: LGM / decode, then the RGB model.", ""]
+    lines += ["| noise | " + " | ".join(names) + " |", "|" + "---|" * (len(names) + 1)]
+    for i, level in enumerate(noise["levels"]):
+        pairs = [f"{_number(noise['lgm'][n][i])} / {_number(noise['decode_then_rgb'][n][i])}" for n in names]
+        lines += [f"| {level:g} | " + " | ".join(pairs) + " |"]
+    better = [_number(noise["lgm_better_from"][name]) for name in names]
+    return [*lines, "| LGM better from | " + " | ".join(better) + " |", ""]
+
+
+def _footer(result: Mapping[str, Any]) -> list[str]:
+    settings, where = result["settings"], result["machine"]
+    return [
+        f"Recipe `{settings['config']}`, {settings['seeds']} training seeds, at most {settings['prompts']} prompts a "
+        f"set, {settings['videos']} videos a prompt and model, {settings['steps']} steps. An improvement counts only "
+        "if headline, motion, adherence and quality hold together (`checks` in the JSON).",
+        "",
+        f"Made on {where['gpu'] or where['platform']}, {where['processors']} processors, torch {where['torch']}, "
+        f"vggrpo {where['vggrpo']}.",
+    ]
+
+
+def _head(name: str, rows: Mapping[str, Any]) -> str:
+    found = next(row["metrics"][name] for row in rows.values() if name in row["metrics"])
+    return f"{name} ({'higher' if found['higher_is_better'] else 'lower'} is better)"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _difference(entry: Mapping[str, Any] | None) -> str:
+    if entry is None or entry["diff"] is None:
+        return "-"
+    if entry["ci_low"] is None or entry["ci_high"] is None:
+        return f"{entry['diff']:+.3g}"
+    clear = (entry["ci_low"] > 0 or entry["ci_high"] < 0) and entry["n"] >= FEWEST_PROMPTS
+    better = (entry["diff"] > 0) == entry["higher_is_better"]
+    mark = (" ▲" if better else " ▼") if clear else ""
+    return f"{entry['diff']:+.3g} [{entry['ci_low']:+.3g}, {entry['ci_high']:+.3g}]{mark}"
+
+
+def forest(result: Mapping[str, Any]) -> np.ndarray:
+    """A forest plot (H, W, 3) uint8 BGR: for each set and headline metric a panel, for each arm a bar; right is better.
+
+    Green: better beyond its interval, red: worse, grey: no clear change.
+    """
+    panels = [(prompt_set, metric) for prompt_set in result["sets"] for metric in HEADLINE]
+    arms = list(result["arms"])
+    width, row, left = 420, 26, 190
+    height = 50 + row * len(arms)
+    canvas = np.full((height * len(result["sets"]) + 10, left + width * len(HEADLINE), 3), 255, np.uint8)
+    for place, (prompt_set, metric) in enumerate(panels):
+        y, x = height * (place // len(HEADLINE)), left + width * (place % len(HEADLINE))
+        entries = {arm: result["sets"][prompt_set].get(arm, {}).get("metrics", {}).get(metric) for arm in arms}
+        _panel(canvas, x, y, width, row, f"{prompt_set}: {metric}", entries)
+    return canvas
+
+
+def _panel(canvas: np.ndarray, x: int, y: int, width: int, row: int, title: str, entries: Mapping[str, Any]) -> None:
+    known = {arm: _towards_better(entry) for arm, entry in entries.items() if entry and entry["diff"] is not None}
+    extent = max([abs(v) for triple in known.values() for v in triple] + [1e-12])
+    middle = x + width // 2
+
+    def at(value: float) -> int:
+        return int(middle + value / extent * (width / 2 - 20))
+
+    _text(canvas, f"{title} (+-{extent:.2g}, right is better)", x + 10, y + 20)
+    cv2.line(canvas, (middle, y + 32), (middle, y + 40 + row * len(entries)), _GREY, 1)
+    for place, arm in enumerate(entries):
+        line = y + 48 + row * place
+        if x < 200:
+            _text(canvas, arm, 8, line + 5)
+        if arm not in known:
+            continue
+        low, mean, high = known[arm]
+        colour = _GREEN if low > 0 else _RED if high < 0 else _GREY
+        cv2.line(canvas, (at(low), line), (at(high), line), colour, 2, cv2.LINE_AA)
+        cv2.circle(canvas, (at(mean), line), 5, colour, -1, cv2.LINE_AA)
+
+
+def _towards_better(entry: Mapping[str, Any]) -> tuple[float, float, float]:
+    """Low end, mean and high end, signed so that positive is better; without an interval all three are the mean's."""
+    mean = entry["diff"]
+    low, high = (mean if entry[end] is None else entry[end] for end in ("ci_low", "ci_high"))
+    if entry["ci_low"] is None:
+        low, high = -abs(mean), abs(mean)  # unknown: drawn across zero
+    return (low, mean, high) if entry["higher_is_better"] else (-high, -mean, -low)
+
+
+def _text(canvas: np.ndarray, text: str, x: int, y: int) -> None:
+    cv2.putText(canvas, text, (x, y), cv2.FONT_HERSHEY_SIMPLEX, 0.42, _BLACK, 1, cv2.LINE_AA)

@@ -1,0 +1,135 @@
+"""Recipes of the paper's tables: every arm is a valid config of equal budget, and results say what they are."""
+
+from __future__ import annotations
+
+import json
+
+import cv2
+import pytest
+
+from vggrpo import reproduce as package
+from vggrpo.commands.reproduce import NAMES
+from vggrpo.errors import UserError
+from vggrpo.evaluation.benchmarks import load_prompt_sets
+from vggrpo.reproduce import STUDIES, TABLES, Settings, reproduce
+from vggrpo.reproduce.results import write_results
+from vggrpo.reproduce.run import arm_config
+
+ARMS = {arm.name: arm for table in TABLES.values() for arm in table.arms}
+
+
+def test_the_command_knows_every_recipe():
+    assert set(NAMES) == {*TABLES, *STUDIES}
+    assert package.reproduce is reproduce
+
+
+def test_one_name_is_one_run():
+    for table in TABLES.values():
+        for arm in table.arms:
+            assert arm == ARMS[arm.name]
+            assert not arm.lora_of or ARMS[arm.lora_of].train is not None
+    for table in TABLES.values():
+        assert all(load_prompt_sets([name], 2) for name in table.sets)
+
+
+@pytest.mark.parametrize("name", [name for name, arm in ARMS.items() if arm.train is not None])
+@pytest.mark.parametrize("config", ["tiny", "wan2.1-t2v-1.3b"])
+def test_every_arm_is_a_valid_config_of_the_same_budget(name, config, tmp_path):
+    arm = ARMS[name]
+    reference = arm_config(ARMS["vggrpo"], Settings(config=config), tmp_path, 1)
+    found = arm_config(arm, Settings(config=config), tmp_path, 1)
+    assert found.seed == 1 and found.output == str(tmp_path / "runs" / f"{name}-s1")
+    assert videos_of(found) == pytest.approx(videos_of(reference), rel=0.05)
+    if found.algorithm != "direct":  # it takes its gradient through the last step alone
+        assert samples_of(found) == pytest.approx(samples_of(reference), rel=0.05)
+    quick = arm_config(arm, Settings(config=config).smallest(), tmp_path, 0)
+    assert quick.updates == 1 and quick.sampling.num_steps == 3 and quick.grpo.samples_per_prompt <= 4
+    assert config != "tiny" or videos_of(quick) <= 4
+
+
+def videos_of(config):
+    """Videos that a training makes."""
+    pairs = {
+        "grpo": (config.updates, config.grpo.prompts_per_update * config.grpo.samples_per_prompt),
+        "nft": (config.updates, config.nft.prompts_per_update * config.nft.samples_per_prompt),
+        "direct": (config.updates, config.direct.prompts_per_update * config.direct.samples_per_prompt),
+        "sft": (config.data.num_prompts, config.sft.candidates),
+        "dpo": (config.data.num_prompts, config.dpo.candidates),
+    }
+    first, second = pairs[config.algorithm]
+    return first * second
+
+
+def samples_of(config):
+    """Clips at a noise level that carry gradient."""
+    per_update = {
+        "grpo": videos_of(config) // config.updates * config.sampling.window,
+        "nft": videos_of(config) // config.updates * config.nft.times,
+        "sft": config.sft.batch,
+        "dpo": 2 * config.dpo.batch,
+    }
+    return config.updates * per_update[config.algorithm]
+
+
+def entry(mean, half, higher=True):
+    return {"base": 1.0, "tuned": 1 + mean, "diff": mean, "ci_low": None if half is None else mean - half,
+            "ci_high": None if half is None else mean + half, "higher_is_better": higher, "n": 40}  # fmt: skip
+
+
+def results(quick=False):
+    row = {
+        "metrics": {"epipolar_inliers": entry(0.1, 0.05), "judge_reprojection": entry(0.1, 0.05, higher=False),
+                    "motion_flow": entry(0.0, None)},
+        "motion_ratio": 1.02, "training_seeds": 3, "counts": False, "checks": {},
+    }  # fmt: skip
+    about = {"about": "a rival", "training_videos": 32.0, "training_seconds": 8.5,
+             "sampling": {"seconds_per_video": 0.25, "device": "cpu"}}  # fmt: skip
+    settings = {"quick": quick, "config": "tiny", "seeds": 3, "prompts": 40, "videos": 2, "steps": 20}
+    where = {"gpu": None, "platform": "Test", "processors": 2, "torch": "2", "vggrpo": "0"}
+    return {"table": "main", "title": "T", "claim": "C", "settings": settings, "machine": where,
+            "arms": {"rival": about}, "sets": {"world-static": {"rival": row}}}  # fmt: skip
+
+
+def test_results_carry_intervals_budgets_and_the_machine(tmp_path):
+    path = write_results(tmp_path, "main", results())
+    text = path.read_text()
+    assert "+0.1 [+0.05, +0.15] ▲" in text and "+0.1 [+0.05, +0.15] ▼" in text  # one is better high, one low
+    assert "| rival | a rival | 32 | 8.5 | 0.25 |" in text and "Made on Test, 2 processors" in text
+    assert "quick run" not in text and "quick run" in write_results(tmp_path, "q", results(quick=True)).read_text()
+    assert json.loads((tmp_path / "main.json").read_text())["sets"]["world-static"]["rival"]["motion_ratio"] == 1.02
+    picture = cv2.imread(str(tmp_path / "main.png"))
+    assert picture is not None
+    greenish = (picture[..., 1].astype(int) - picture[..., 2] > 60).sum()
+    reddish = (picture[..., 2].astype(int) - picture[..., 1] > 60).sum()
+    assert greenish > 50 and reddish > 50
+
+
+def test_studies_become_tables(tmp_path):
+    found = {
+        "reference": "the truth",
+        "noise": {"levels": [0.0, 0.5], "lgm": {"rotation": [0.1, 0.2]}, "decode_then_rgb": {"rotation": [0.05, 0.4]},
+                  "lgm_better_from": {"rotation": 0.5}},
+        "cost": {"17x64x64": {"rgb": {"flops": 4e12, "flops_of_rgb": 1.0, "seconds": 2.0, "time_of_rgb": 1.0},
+                              "latent": {"flops": 1e12, "flops_of_rgb": 0.25}}},
+    }  # fmt: skip
+    result = {key: value for key, value in results().items() if key not in ("sets", "arms", "claim")} | {"found": found}
+    text = write_results(tmp_path, "robustness", result).read_text()
+    assert "| 0.5 | 0.2 / 0.4 |" in text and "| LGM better from | 0.5 |" in text
+    assert "| latent | 1 | 0.25 | - | - | - |" in text and "Made on Test" in text
+
+
+def test_few_prompts_earn_no_mark(tmp_path):
+    result = results()
+    for value in result["sets"]["world-static"]["rival"]["metrics"].values():
+        value["n"] = 3
+    assert "▲" not in write_results(tmp_path, "main", result).read_text()
+
+
+def test_bad_requests_are_refused_before_any_work(tmp_path):
+    with pytest.raises(UserError, match="no table 'mian'"):
+        reproduce(["mian"], tmp_path)
+    with pytest.raises(UserError, match="no arm 'sftt'"):
+        reproduce(["main"], tmp_path, arms=["sftt"])
+    (tmp_path / "settings.json").write_text(json.dumps({"config": "tiny", "seeds": 2}))
+    with pytest.raises(UserError, match="seeds 2, not 3"):
+        reproduce(["main"], tmp_path)
