@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import cv2
 import numpy as np
 from numpy.typing import NDArray
@@ -57,6 +59,54 @@ def wobble(frames: Frames, pixels: float, seed: int = 0) -> Frames:
 
 
 def hard_cut(first: Frames, second: Frames) -> Frames:
-    """The first half of one scene, then the second half of another."""
-    half = len(first) // 2
-    return np.concatenate([first[:half], second[half:]])
+    """The first half of one scene, then the second half of another (brought to the first one's size)."""
+    half, size = len(first) // 2, (first.shape[2], first.shape[1])
+    rest = [cv2.resize(frame, size, interpolation=cv2.INTER_AREA) for frame in second[half : len(first)]]
+    return np.concatenate([first[:half], np.stack(rest)])
+
+
+def frozen(frames: Frames) -> Frames:
+    """The first frame again and again, exactly."""
+    return np.repeat(frames[:1], len(frames), axis=0)
+
+
+def hand_held(frames: Frames, fps: float, pixels: float = 3.0, seed: int = 0) -> Frames:
+    """A steady clip as a hand would have held it: every frame shifted and turned by band-limited noise.
+
+    Turning a camera is a homography of the picture, so the world holds together as well as before. A margin is cropped
+    and enlarged again; `pixels` is the standard deviation of the shift at a frame of 256 lines.
+    """
+    from vggrpo.world.camera import band_limited_noise
+
+    height, width = frames.shape[1:3]
+    noise = band_limited_noise(np.random.default_rng(seed), len(frames), fps, 3)
+    scale, out = pixels * min(height, width) / 256, []
+    for frame, (x, y, roll) in zip(frames, noise, strict=True):
+        matrix = cv2.getRotationMatrix2D((width / 2, height / 2), 0.5 * roll, 1.15)
+        matrix[:, 2] += scale * np.array([x, y])
+        out.append(cv2.warpAffine(frame, matrix, (width, height), flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REFLECT))
+    return np.stack(out)
+
+
+def footage(file: Path, start: float, seconds: float, lines: int = 256) -> tuple[Frames, float]:
+    """A stretch of a real video with a short side of `lines` pixels, and its frame rate."""
+    from vggrpo.io.video import decode_video
+
+    first = decode_video(file, 1).fps
+    video = decode_video(file, max_frames=round((start + seconds) * first) + 1, most_lines=lambda *_: lines)
+    return video.frames[round(start * video.fps) :], video.fps
+
+
+def spoilt(frames: Frames, other: Frames, fps: float) -> dict[str, Frames]:
+    """The clip as it is, and every known way to spoil it (`other`: a clip of another scene to cut to)."""
+    return {
+        "correct": frames,
+        "wobble 1 px": wobble(frames, 1),
+        "wobble 4 px": wobble(frames, 4),
+        "hard cut": hard_cut(frames, other),
+        "blurred": blurred(frames),
+        "Ken Burns": ken_burns(frames),
+        "still + noise": still_with_noise(frames),
+        "frozen": frozen(frames),
+        "hand-held": hand_held(frames, fps),
+    }
