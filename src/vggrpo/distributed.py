@@ -32,11 +32,13 @@ class Processes:
         rank: this process, 0 to size - 1; 0 writes files.
         size: number of processes.
         local_rank: this process on its machine, which picks the GPU.
+        even: refuse shares of unequal size; with split weights a process with less work would leave the others waiting.
     """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    even: bool = False
 
     @classmethod
     def join(cls, timeout_minutes: float = 30.0) -> Processes:
@@ -65,7 +67,7 @@ class Processes:
         """This process's contiguous part of `count` samples; the first ones take one more where it does not divide.
 
         Raises:
-            UserError: when a process would have none.
+            UserError: when a process would have none, or another number than others where they must be `even`.
         """
         if count < self.size:
             raise UserError(
@@ -73,6 +75,11 @@ class Processes:
                 f"grpo.prompts_per_update or grpo.samples_per_prompt, or start {count} processes"
             )
         part, more = divmod(count, self.size)
+        if self.even and more:
+            raise UserError(
+                f"model.shard needs equal shares, and {count} samples per update are none of {self.size}; make them "
+                f"(grpo.prompts_per_update x grpo.samples_per_prompt) a multiple of {self.size}"
+            )
         start = self.rank * part + min(self.rank, more)
         return slice(start, start + part + (self.rank < more))
 

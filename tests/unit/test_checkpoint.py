@@ -51,6 +51,21 @@ def test_a_full_disk_leaves_the_old_one(tmp_path, monkeypatch):
     assert load_latest(tmp_path).step == 1
 
 
+def test_a_write_that_fails_halfway_leaves_the_old_one(tmp_path):
+    """The system itself refuses, in the middle of the file."""
+    import resource
+
+    save(tmp_path, 1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(UserError, match="older checkpoints are intact"):
+            save_checkpoint(tmp_path, 2, {"x": torch.zeros(100_000)}, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000001"] and load_latest(tmp_path).step == 1
+
+
 def test_a_crash_while_writing_is_ignored(tmp_path):
     save(tmp_path, 1)
     (tmp_path / ".step-000002.abc.partial").mkdir()

@@ -248,3 +248,6 @@ def test_shares_cover_all_samples_once(size, expected):
     assert [i for share in shares for i in share] == list(range(10))
     with pytest.raises(UserError, match="cannot be shared by 11"):
         Processes(0, 11).share(10)
+    with pytest.raises(UserError, match=r"model\.shard needs equal shares"):
+        Processes(0, 3, even=True).share(10)
+    assert Processes(1, 2, even=True).share(10) == slice(5, 10)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -24,6 +25,7 @@ from vggrpo.config import load_config
 from vggrpo.errors import UserError
 from vggrpo.geometry import GeometryPrediction
 from vggrpo.posttraining import train as run_training
+from vggrpo.posttraining import trainer
 from vggrpo.posttraining.grpo import GRPO
 from vggrpo.posttraining.replay import Replayer, all_transitions, inner_parts
 
@@ -219,6 +221,13 @@ def test_out_of_memory_names_the_settings(tiny_wan_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(Replayer, "backward", full)
     with pytest.raises(UserError, match=r"grpo\.micro_batch"):
         train(tiny_wan_dir, tmp_path)
+
+
+def test_a_full_disk_says_what_to_do():
+    with pytest.raises(UserError, match=r"No space left.*free space"), trainer._advice():
+        raise OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(FileNotFoundError), trainer._advice():
+        raise FileNotFoundError(errno.ENOENT, "another matter")
 
 
 @pytest.mark.parametrize(

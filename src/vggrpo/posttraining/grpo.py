@@ -77,7 +77,7 @@ class GRPO:
         group_size = grpo.samples_per_prompt
         chosen = self._prompts_of(number)
         count = len(chosen) * group_size
-        mine = range(count)[self._share(count)]
+        mine = range(count)[self.processes.share(count)]
         prompts = [self.prompts[chosen[i // group_size]] for i in mine]
         window = self._window(number)
         with watch.stage("base_motion"):
@@ -129,14 +129,6 @@ class GRPO:
 
     def _encode(self, prompts: Sequence[str]) -> Float[Tensor, "B L D"]:
         return self.conditions.text(prompts, self.model.device)
-
-    def _share(self, count: int) -> slice:
-        if self.policy.sharded and count % self.processes.size:
-            raise UserError(
-                f"model.shard needs equal shares, and {count} samples per update are none of {self.processes.size}; "
-                f"make grpo.prompts_per_update x grpo.samples_per_prompt a multiple of {self.processes.size}"
-            )
-        return self.processes.share(count)
 
     def _rollout(
         self, number: int, mine: range, prompts: Sequence[str], text: Tensor, window: tuple[int, ...]

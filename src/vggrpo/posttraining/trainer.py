@@ -6,6 +6,7 @@ end of the update.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.metadata
 import json
@@ -14,6 +15,7 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +69,7 @@ def train(
     """
     algorithm = find_algorithm(config.algorithm)
     check_rewards(config.rewards)
-    processes = Processes.join()
+    processes = replace(Processes.join(), even=config.model.shard)
     if not processes.is_main:  # one process warns for all
         logging.getLogger("vggrpo").setLevel(logging.ERROR)
     output = ensure_directory(config.output)
@@ -78,7 +80,7 @@ def train(
     result = exported(config, output)
     if checkpoint is not None and checkpoint.step >= config.updates and result.is_dir():
         return result
-    with _memory_advice():
+    with _advice():
         fixed = validation_prompts(config)
         conditions = Conditions(config, prompts, fixed)
         model = _prepare_model(config, model, conditions, processes)
@@ -219,14 +221,20 @@ def _versions() -> dict[str, str]:
 
 
 @contextmanager
-def _memory_advice() -> Iterator[None]:
-    """Out of memory is the user's to mend: it says with what."""
+def _advice() -> Iterator[None]:
+    """Out of memory and out of disk space are the user's to mend: say with what."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise UserError(
             "out of memory: lower grpo.micro_batch and sampling.micro_batch, or set "
             "model.gradient_checkpointing: true, and run again to go on; `vggrpo doctor` estimates what a recipe needs"
+        ) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise UserError(
+            f"cannot write ({error.strerror}); free space and run again to go on: the last checkpoint is whole"
         ) from error
 
 
