@@ -11,6 +11,7 @@ from torch import nn
 from vggrpo.geometry import project
 from vggrpo.models.vggt_layers import Compare
 from vggrpo.pretraining import data as shard_data
+from vggrpo.pretraining.compress import compress_lora
 from vggrpo.pretraining.data import Shards, augment, render_shard
 from vggrpo.pretraining.loop import Schedule, fit
 from vggrpo.pretraining.matching import image_motion
@@ -123,3 +124,22 @@ def test_stem_that_compares_views_finds_a_shift():
     assert set(backward[0, 1, inner, inner].argmax(-1).flatten().tolist()) == {cells.index((-1, 2))}
     assert float(forward[0, 1].abs().max()) == 0 and float(backward[0, 0].abs().max()) == 0  # no such views
     torch.testing.assert_close(forward[0, 0].sum(-1), torch.ones(16, 16))
+
+
+@pytest.mark.parametrize("shape", [(7,), (7, 3, 3), (7, 3, 3, 3)], ids=["linear", "conv2d", "conv3d"])
+def test_compressed_lora_keeps_the_product(shape):
+    """A product of rank 3 survives exactly at rank 3 and in a larger one; at rank 2 the smallest part is lost."""
+    torch.manual_seed(0)
+    a, b = torch.randn(5, *shape), torch.randn(6, 3) @ torch.randn(3, 5)
+    state = {"x.lora_A.weight": a, "x.lora_B.weight": b.view(6, 5, *[1] * (len(shape) - 1)), "special": torch.ones(2)}
+    want = b @ a.flatten(1)
+    for rank in (2, 3, 8):
+        out = compress_lora(state, rank)
+        assert out["x.lora_A.weight"].shape == (rank, *shape) and torch.equal(out["special"], state["special"])
+        assert out["x.lora_B.weight"].shape == (6, rank, *[1] * (len(shape) - 1))
+        got = out["x.lora_B.weight"].flatten(1) @ out["x.lora_A.weight"].flatten(1)
+        if rank >= 3:
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+        else:
+            singular = torch.linalg.svdvals(want)
+            torch.testing.assert_close((got - want).norm(), singular[rank:].norm(), rtol=1e-4, atol=1e-4)

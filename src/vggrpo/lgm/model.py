@@ -147,15 +147,21 @@ class LatentGeometryModel(nn.Module):
             if isinstance(module, BaseTunerLayer) and not isinstance(module.get_base_layer(), nn.Conv3d):
                 module.merge()
 
+    def parts(self) -> dict[str, Tensor]:
+        """What is the LGM's own, as one flat dict: connector, special tokens, LoRA."""
+        state = {f"connector.{k}": v for k, v in self.connector.state_dict().items()} | {"special": self.special}
+        if self.config.lora_rank:
+            state |= {f"lora.{k}": v for k, v in get_peft_model_state_dict(self.geometry).items()}
+        return state
+
     def save_pretrained(self, directory: str | Path, dtype: torch.dtype = torch.float32) -> None:
         """Write `config.json` and `model.safetensors`: connector, special tokens, LoRA.
 
         The geometry model is referred to.
         """
-        state = {f"connector.{k}": v for k, v in self.connector.state_dict().items()} | {"special": self.special}
-        if self.config.lora_rank:
-            state |= {f"lora.{k}": v for k, v in get_peft_model_state_dict(self.geometry).items()}
-        write_pretrained(directory, {"model_type": "latent_geometry_model"} | self.config.model_dump(), state, dtype)
+        write_pretrained(
+            directory, {"model_type": "latent_geometry_model"} | self.config.model_dump(), self.parts(), dtype
+        )
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> LatentGeometryModel:
@@ -181,7 +187,7 @@ class LatentGeometryModel(nn.Module):
         return model.requires_grad_(False).eval()
 
     def load_state_dict_parts(self, state: dict[str, Tensor]) -> None:
-        """Connector, special tokens and LoRA from one flat dict, as `save_pretrained` writes it."""
+        """Connector, special tokens and LoRA from one flat dict, as `parts` gives it."""
         lora = {k.removeprefix("lora."): v.float() for k, v in state.items() if k.startswith("lora.")}
         want = get_peft_model_state_dict(self.geometry) if self.config.lora_rank else {}
         want, have = want | {"special": self.special}, lora | {k: v for k, v in state.items() if k == "special"}

@@ -154,9 +154,11 @@ class VGGT(nn.Module):
         return self.special
 
     def lora_targets(self) -> list[str]:
-        """Linear layers of the blocks and of the camera head, and what brings tokens into a DPT."""
+        """Linear layers of the blocks and of the camera head; convolutions before and after them, or what brings tokens
+        into a DPT."""
         if self.config.decoder == "light":
-            return ["attn.qkv", "attn.proj", "fc1", "fc2", "camera_head.0", "camera_head.2"]
+            dense = [f"dense_head.{name}" for name in ("fuse", "up1", "up2")]
+            return ["conv", "point", "attn.qkv", "attn.proj", "fc1", "fc2", "camera_head.0", "camera_head.2", *dense]
         heads = ["embed_pose", "poseLN_modulation.1", "pose_branch.fc1", "pose_branch.fc2"]
         return ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", *heads, *(f"projects.{level}" for level in range(4))]
 

@@ -153,6 +153,7 @@ def _lgm(output: Path, clips: list[Path], heldout: list[Path], steps: int | None
     teacher = VGGT.from_pretrained(output / "geometry").requires_grad_(False)
     data = lgm.LatentClips([output / "latents" / "train" / p.name for p in clips], clips)
     best = lgm.stitch(teacher, data)[0]
+    video_model = WanVideoModel.from_pretrained(output / "pipeline")
     config = LGMConfig(
         geometry="../geometry",
         vae=lgm.VAE_NAME,
@@ -160,6 +161,9 @@ def _lgm(output: Path, clips: list[Path], heldout: list[Path], steps: int | None
         layer=best.layer,
         lora_rank=lgm.LORA_RANK,
         lora_alpha=lgm.LORA_RANK,
+        spatial_stride=video_model.latent_spec.spatial_stride,
+        latents_mean=list(video_model.latent_spec.mean),
+        latents_std=list(video_model.latent_spec.std),
     )
     generated = lgm.generated_clips(output / "pipeline", output / "work" / "generated.safetensors")
     model = lgm.train_lgm(
@@ -170,8 +174,9 @@ def _lgm(output: Path, clips: list[Path], heldout: list[Path], steps: int | None
         output / "work" / "lgm",
         _with_steps(lgm.SCHEDULE, steps),
         generated,
-        WanVideoModel.from_pretrained(output / "pipeline"),
+        video_model,
     )
+    model = lgm.compressed(model, teacher)
     model.save_pretrained(output / "lgm", torch.float16)
     if (output / "judge").is_dir():  # training asks for an audit beside the LGM
         audit_reward(output / "lgm", output / "lgm", clips=lgm.AUDIT_CLIPS, models=output)
