@@ -4,7 +4,7 @@
 
 F is found by seeded MAGSAC and then moved downhill on a robust (Cauchy) sum of squared Sampson distances over *all*
 matches, with Levenberg-Marquardt over F's seven degrees of freedom. The refinement matters for what F says about the
-camera: on rendered pairs it takes the share of rotations within half a degree from about .7 to about .9.
+camera, though it does not bring rotations within half a degree on four pairs of five yet (docs/metrics.md).
 
 Positions are OpenCV's: the centre of the first pixel is (0, 0).
 """

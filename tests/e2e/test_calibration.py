@@ -1,0 +1,67 @@
+"""Calibration on rendered clips with known truth: the ranking that each metric gives."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vggrpo.evaluation import Clip, evaluate_clip
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
+from calibration_clips import Frames, rendered, spoilt
+
+pytestmark = pytest.mark.e2e
+
+NAMES = [
+    "epipolar_inliers", "epipolar_error", "epipolar_matches", "epipolar_displacement", "epipolar_homography_gap",
+    "flow_cycle", "motion_flow", "ssim_change", "sharpness",
+]  # fmt: skip
+Table = dict[str, dict[str, list[float | None]]]
+
+
+def measure(clips: list[tuple[Frames, float]], names: list[str]) -> Table:
+    """Values by metric and by how the clip was spoilt, one a clip."""
+    table: Table = {}
+    for index, (frames, fps) in enumerate(clips):
+        other = clips[(index + 1) % len(clips)][0]
+        other = np.concatenate([other, other[::-1], other])[: len(frames)]
+        for kind, clip in spoilt(frames, other, fps).items():
+            for name, found in evaluate_clip(Clip(clip, fps), names).items():
+                table.setdefault(name, {}).setdefault(kind, []).append(found.value)
+    return table
+
+
+def mean(values: list[float | None]) -> float:
+    assert all(value is not None for value in values), values
+    return float(np.mean([value for value in values if value is not None]))
+
+
+def check_rankings(table: Table) -> None:
+    """What has to hold whatever the footage."""
+    score = {name: {kind: mean(v) for kind, v in by.items() if None not in v} for name, by in table.items()}
+    inliers, error, cycle = (score[name] for name in ("epipolar_inliers", "epipolar_error", "flow_cycle"))
+    assert inliers["correct"] > inliers["wobble 1 px"] + 0.05 > inliers["wobble 4 px"] + 0.1, inliers
+    assert error["correct"] < error["wobble 1 px"] < error["wobble 4 px"], error
+    assert cycle["correct"] < cycle["wobble 1 px"] < cycle["wobble 4 px"], cycle
+    assert inliers["correct"] > inliers["hard cut"] + 0.1 and error["correct"] < error["hard cut"]
+    assert cycle["correct"] < cycle["hard cut"]
+    # A shaking hand bends nothing: far closer to the steady clip than the smallest wobble is.
+    assert inliers["hand-held"] > (inliers["correct"] + inliers["wobble 1 px"]) / 2, inliers
+    # A still clip has no geometry to be right about, and the guards say that it is still.
+    for kind in ("still + noise", "frozen"):
+        assert set(table["epipolar_inliers"][kind]) == set(table["flow_cycle"][kind]) == {None}, kind
+        for name in ("motion_flow", "ssim_change", "epipolar_displacement"):
+            assert score[name][kind] < 0.5 * score[name]["correct"], (name, kind, score[name])
+    # Blur and flat zooms may match the score; a guard exposes each.
+    assert score["sharpness"]["blurred"] < 0.5 * score["sharpness"]["correct"]
+    assert score["epipolar_matches"]["blurred"] < score["epipolar_matches"]["correct"]
+    gap = score["epipolar_homography_gap"]
+    assert gap["Ken Burns"] < 0.6 * gap["correct"], gap
+
+
+def test_rankings_on_rendered_clips():
+    clips = [(clip, 8.0) for clip in [*rendered([1, 2], "truck_right"), *rendered([3], "orbit_left")]]
+    check_rankings(measure(clips, NAMES))
