@@ -167,8 +167,10 @@ def _checks(comparison: Comparison, summary: Mapping[str, Any]) -> list[dict[str
     checks = dict(verdict(comparison).checks)
     kernel = (summary.get("metrics") or {}).get(KERNEL_DISTANCE)
     if isinstance(kernel, dict) and "non_inferior" in kernel:
-        margin = finite(kernel.get("margin"))
-        text = f"kernel distance changes by {finite(kernel.get('diff'))}; base against itself {margin}"
+        change, margin = (
+            "unknown" if (value := finite(kernel.get(name))) is None else f"{value:.3g}" for name in ("diff", "margin")
+        )
+        text = f"kernel distance changes by {change}; base against itself {margin}"
         checks["quality"] = (bool(kernel["non_inferior"]), text)
     return [{"name": name, "outcome": outcome, "text": text} for name, (outcome, text) in checks.items()]
 
