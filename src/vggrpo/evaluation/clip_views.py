@@ -13,7 +13,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from vggrpo.errors import UserError
-from vggrpo.io.video_stream import stream_video
+from vggrpo.io.video import stream_video
 
 MOST_KEPT = 256  # frames in memory; of a longer video every 2nd, 4th, ... is kept
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import av
 import av.error
@@ -141,14 +141,51 @@ def decode_video(
             if max_frames is not None and len(frames) >= max_frames:
                 break
         else:
-            # Packets, not frames: an edit list may hide frames of a sound file. Some files announce no count (0).
-            if packets < stream.frames:
-                raise UserError(f"video {file} is truncated: {packets} of {stream.frames} packets are there")
+            _check_whole(file, stream, packets)
     if not frames:
         raise UserError(f"video {file} holds no frame")
     if len({frame.shape for frame in frames}) > 1:
         raise UserError(f"video {file} changes its resolution within the stream; re-encode it at one size")
     return DecodedVideo(np.stack(frames[:max_frames]), rate, np.array(times[:max_frames]))
+
+
+class StreamedFrame(NamedTuple):
+    """One decoded frame."""
+
+    image: UInt8[np.ndarray, "H W 3"]
+    seconds: float
+    """Since the file's first frame, also where the rate varies."""
+    rate: float
+
+
+def stream_video(path: Path | str) -> Iterator[StreamedFrame]:
+    """The frames of a video file one by one, so that memory does not grow with its length.
+
+    Args:
+        path: any file with a video stream; alpha is dropped, all else is converted to RGB.
+
+    Raises:
+        UserError: when the file is missing, has no video stream, is corrupt, changes its size, or holds no frame, and,
+            after the last frame, when it is truncated.
+    """
+    file = Path(path)
+    packets = count = 0
+    shape, start = None, 0.0
+    with _opened(file) as (container, stream):
+        rate = _rate(file, stream)
+        for packet in container.demux(stream):
+            packets += packet.size > 0
+            for frame in packet.decode():
+                image = frame.to_ndarray(format="rgb24")
+                if shape not in (None, image.shape):
+                    raise UserError(f"video {file} changes its resolution within the stream; re-encode it at one size")
+                seconds = count / rate if frame.time is None else frame.time
+                start = start if count else seconds
+                shape, count = image.shape, count + 1
+                yield StreamedFrame(image, seconds - start, rate)
+        _check_whole(file, stream, packets)
+    if not count:
+        raise UserError(f"video {file} holds no frame")
 
 
 @contextmanager
@@ -170,6 +207,12 @@ def _rate(file: Path, stream: Any) -> float:
     if not rate:
         raise UserError(f"video {file} states no frame rate; re-encode it with one")
     return float(rate)
+
+
+def _check_whole(file: Path, stream: Any, packets: int) -> None:
+    # Packets, not frames: an edit list may hide frames of a sound file. Some files announce no count (0).
+    if packets < stream.frames:
+        raise UserError(f"video {file} is truncated: {packets} of {stream.frames} packets are there")
 
 
 def _scaled(stream: Any, most_lines: Callable[[int, int, int], int | None] | None) -> dict[str, Any]:

@@ -22,7 +22,14 @@ from vggrpo.models.vggt import VGGT
 from vggrpo.models.wan import WanVideoModel
 from vggrpo.pretraining.compress import compress_lora
 from vggrpo.pretraining.data import Shards, mirror
-from vggrpo.pretraining.geometry import CONSISTENCY_FROM, CONSISTENCY_WEIGHT, MATCH_WEIGHT, consistency_error
+from vggrpo.pretraining.geometry import (
+    CONSISTENCY_FROM,
+    CONSISTENCY_WEIGHT,
+    MATCH_WEIGHT,
+    MAX_WOBBLE,
+    WOBBLE_SHARE,
+    consistency_error,
+)
 from vggrpo.pretraining.loop import Schedule, fit
 from vggrpo.pretraining.matching import Matched
 from vggrpo.sampling import ode_sample
@@ -32,8 +39,6 @@ from vggrpo.world.perturb import wobble
 SCHEDULE = Schedule(steps=2400, lr=1e-3, ema=0.998, weight_decay=0.0, seed=3)
 BATCH = 8
 GENERATED_SHARE = 0.25
-# Clips that do not hold together, of known geometry: what must stay visible to the reward.
-WOBBLE_SHARE, MAX_WOBBLE = 0.2, 4.0
 LORA_RANK, SHIPPED_RANK = 48, 12
 GENERATED_PROMPTS = 384
 AUDIT_CLIPS = 96
