@@ -19,7 +19,7 @@ FAR = 1e6
 _ATLAS_SIDE = 3
 _AXES = [0, 0, 1, 1, 2, 2]  # of the room's faces
 # Corners are darker, as in any room: without it a textured wall and its neighbour look like one surface at 64 pixels.
-CORNER_SHADOW, CORNER_REACH = 0.4, 0.4
+CORNER_SHADOW, CORNER_REACH = 0.5, 0.5
 
 
 @dataclass
@@ -156,7 +156,7 @@ def shade(scene: SceneTensors, hit: Hit) -> Tensor:
     # Texture coordinates of a wall are its two other axes.
     u = torch.where(axis == 0, unit[..., 2], unit[..., 0])
     v = torch.where(axis == 1, unit[..., 2], unit[..., 1])
-    lambert = 0.86 + 0.14 * _face_light(scene.light, tile)
+    lambert = 0.78 + 0.22 * _face_light(scene.light, tile)
     lambert = lambert * _contact_shadow(scene, hit, tile) * _corner_shadow(to_face * (upper - lower)[..., _AXES])
     for k in range(scene.shape.shape[1]):
         mine = hit.object_id == k + 1

@@ -99,30 +99,31 @@ def sample_scene(
 
 def _try_layout(rng: np.random.Generator, attributes: dict, frames: int, ease: float) -> tuple | None:
     """One attempt at room, objects and camera path; None when something would touch. `ease` shrinks all moves."""
-    width, depth, height = rng.uniform(4.5, 6.5), rng.uniform(5.5, 7.5), rng.uniform(2.6, 3.2)
+    width, depth, height = rng.uniform(5.0, 6.5), rng.uniform(6.0, 7.5), rng.uniform(2.7, 3.1)
     room = np.array([[-width / 2, -height, 0.0], [width / 2, 0.0, depth]])
     shrink = 1.0 - 0.6 * ease
     progress = np.linspace(0, 1, frames)
     smooth = progress * progress * (3 - 2 * progress)
     blend = rng.uniform(0.0, 0.35)
     progress = (1 - blend) * progress + blend * smooth
-    start = np.array([rng.uniform(-0.8, 0.8), -rng.uniform(1.1, 1.7), rng.uniform(0.9, 1.6)])
+    middle = np.array([rng.uniform(-0.7, 0.7), -rng.uniform(1.2, 1.6), rng.uniform(1.3, 2.0)])
     yaw, pitch = rng.uniform(-0.25, 0.25), rng.uniform(-0.22, -0.02)
     amounts = {
-        "dolly": rng.uniform(0.6, 1.3),
-        "truck": rng.uniform(0.5, 1.1),
-        "pedestal": rng.uniform(0.35, 0.7),
-        "pan": np.radians(rng.uniform(12, 26)),
-        "tilt": np.radians(rng.uniform(8, 16)),
-        "orbit": np.radians(rng.uniform(14, 26)),
+        "dolly": rng.uniform(1.1, 2.0),
+        "truck": rng.uniform(0.9, 1.7),
+        "pedestal": rng.uniform(0.55, 1.0),
+        "pan": np.radians(rng.uniform(18, 36)),
+        "tilt": np.radians(rng.uniform(12, 22)),
+        "orbit": np.radians(rng.uniform(22, 40)),
     }
     amounts = {name: value * shrink for name, value in amounts.items()}
+    # Moves are centred: half of the way has been gone when the camera stands in the middle, looking ahead.
     position, yaws, pitches = camera_path(
-        attributes["camera"], start, yaw, pitch, rng.uniform(2.2, 3.0), progress, amounts
+        attributes["camera"], middle, yaw, pitch, rng.uniform(2.2, 3.0), progress - 0.5, amounts
     )
     if (position < room[0] + 0.35).any() or (position > room[1] - 0.35).any():
         return None
-    placed = _place_objects(rng, attributes["objects"], room, start, yaw, frames, shrink)
+    placed = _place_objects(rng, attributes["objects"], room, middle, yaw, frames, shrink)
     if placed is None:
         return None
     shape, half, pose, moves = placed
@@ -138,7 +139,7 @@ def _place_objects(
     rng: np.random.Generator,
     objects: list[dict],
     room: np.ndarray,
-    start: np.ndarray,
+    middle: np.ndarray,
     yaw: float,
     frames: int,
     shrink: float,
@@ -153,8 +154,8 @@ def _place_objects(
         half[k] = {"ball": (r, r, r), "box": (r, h, rng.uniform(0.28, 0.5)), "cylinder": (0.8 * r, h, 0.8 * r)}[
             item["shape"]
         ]
-        distance, angle = rng.uniform(1.9, 4.0), yaw + rng.uniform(-0.45, 0.45)
-        centre = np.array([start[0] + distance * np.sin(angle), -half[k, 1], start[2] + distance * np.cos(angle)])
+        distance, angle = rng.uniform(1.8, 3.8), yaw + rng.uniform(-0.45, 0.45)
+        centre = np.array([middle[0] + distance * np.sin(angle), -half[k, 1], middle[2] + distance * np.cos(angle)])
         pose[k] = _object_motion(rng, item["motion"], item["shape"], centre, half[k], room, frames, shrink)
         moves[k] = item["motion"] is not None
         reach = np.linalg.norm(half[k, [0, 2]])
@@ -189,7 +190,7 @@ def _object_motion(
     heading = rng.choice([-1, 1]) * np.pi / 2 + rng.uniform(-0.6, 0.6)  # mostly across the picture
     direction = np.array([np.sin(heading), 0.0, np.cos(heading)])
     if motion in ("rolls", "slides"):
-        travel = rng.uniform(0.6, 1.3) * shrink * (time / time[-1] - 0.5 if frames > 1 else time)
+        travel = rng.uniform(0.7, 1.5) * shrink * (time / time[-1] - 0.5 if frames > 1 else time)
         pose[:, :3, 3] = centre + travel[:, None] * direction
         if motion == "rolls":
             pose[:, :3, :3] = _about(np.cross(direction, [0.0, 1.0, 0.0]), -travel / half[0]) @ base

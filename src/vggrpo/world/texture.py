@@ -30,27 +30,28 @@ def _noise(rng: np.random.Generator, cells: int) -> np.ndarray:
     return cv2.resize(coarse, (TILE, TILE), interpolation=cv2.INTER_CUBIC)
 
 
-def _soft(x: np.ndarray, sharpness: float = 5.0) -> np.ndarray:
+def _soft(x: np.ndarray, sharpness: float = 2.5) -> np.ndarray:
     return np.tanh(sharpness * x)
 
 
 def _pattern(rng: np.random.Generator, kind: int) -> np.ndarray:
     """Signed pattern in [-1, 1]: boards, blotches, tiles, bricks or dots."""
     v, u = np.mgrid[0:TILE, 0:TILE] / TILE
-    n = int(rng.integers(3, 6))
+    n = int(rng.integers(2, 5))
     phase = rng.uniform(0, 2 * np.pi, 2)
     if kind == 0:
         return _soft(np.sin(2 * np.pi * n * u + phase[0] + 1.2 * _noise(rng, 4)))
     if kind == 1:
-        return _soft(_noise(rng, 9), 2.5)
+        return _soft(_noise(rng, 9), 2.0)
     if kind == 2:
         return _soft(np.sin(np.pi * n * u + phase[0]) * np.sin(np.pi * n * v + phase[1]))
     if kind == 3:
         row = np.floor(v * 2 * n)
         shift = 0.5 * (row % 2)
         edge = np.minimum(np.abs((u * n + shift) % 1 - 0.5), np.abs((v * 2 * n) % 1 - 0.5))
-        return 0.7 * np.cos(2.4 * np.floor(u * n + shift) + 4.1 * row) - 1.2 * (edge < 0.09)
-    return _soft(np.sin(2 * np.pi * n * u + phase[0]) + np.sin(2 * np.pi * n * v + phase[1]) - 0.6, 3.0)
+        bricks = 0.7 * np.cos(2.4 * np.floor(u * n + shift) + 4.1 * row) - 1.2 * (edge < 0.09)
+        return cv2.GaussianBlur(bricks, (0, 0), 2.0)
+    return _soft(np.sin(2 * np.pi * n * u + phase[0]) + np.sin(2 * np.pi * n * v + phase[1]) - 0.6, 2.0)
 
 
 def room_tiles(rng: np.random.Generator, style: int) -> np.ndarray:
@@ -71,5 +72,5 @@ def object_tile(rng: np.random.Generator, colour: str) -> np.ndarray:
     """One tile (3, TILE, TILE): the named colour with darker marks that show rotation."""
     base = np.array(_COLOURS[colour])[:, None, None] * rng.uniform(0.9, 1.05)
     marks = _pattern(rng, int(rng.choice([0, 2, 4]))) > 0.1
-    shade = 1 - rng.uniform(0.3, 0.5) * cv2.GaussianBlur(marks.astype(np.float32), (0, 0), 2.5) + 0.05 * _noise(rng, 8)
+    shade = 1 - rng.uniform(0.3, 0.5) * cv2.GaussianBlur(marks.astype(np.float32), (0, 0), 5.0) + 0.05 * _noise(rng, 8)
     return np.clip(base * shade, 0, 1)
