@@ -8,6 +8,7 @@ import logging
 import pytest
 import torch
 
+from vggrpo.config import RewardTerm
 from vggrpo.evaluation import audit
 from vggrpo.posttraining import trainer
 
@@ -42,11 +43,19 @@ def test_verdict_and_page(tmp_path, monkeypatch, noise, floor, passed):
 
 
 @pytest.mark.parametrize(
-    "content, said", [(None, "never audited"), ({"passed": False}, "does not pass"), ({"passed": True}, None)]
+    "content, said",
+    [
+        (None, "never audited"),
+        ({"passed": False}, "does not pass"),
+        ({"passed": True}, "other reward options"),
+        ({"passed": True, "options": {"camera_motion_smoothness": {"eps_rotation": 0.03}}}, None),
+    ],
 )
 def test_training_asks_for_the_audit(tmp_path, caplog, content, said):
     if content is not None:
         (tmp_path / "audit.json").write_text(json.dumps(content))
     with caplog.at_level(logging.WARNING):
-        trainer._warn_unaudited(tmp_path)
+        trainer._warn_unaudited(
+            tmp_path, {"camera_motion_smoothness": RewardTerm(options={"eps_rotation": 0.03}), "mine": RewardTerm()}
+        )
     assert (said in caplog.text) if said else not caplog.text

@@ -8,11 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from vggrpo.geometry import project
+from vggrpo.geometry import GeometryPrediction, project
+from vggrpo.lgm.losses import unit_depth
 from vggrpo.models.vggt_layers import Compare
 from vggrpo.pretraining import data as shard_data
 from vggrpo.pretraining.compress import compress_lora
 from vggrpo.pretraining.data import Shards, augment, render_shard
+from vggrpo.pretraining.geometry import reward_loss
 from vggrpo.pretraining.loop import Schedule, fit
 from vggrpo.pretraining.matching import image_motion
 from vggrpo.world import sample_batch
@@ -143,3 +145,20 @@ def test_compressed_lora_keeps_the_product(shape):
         else:
             singular = torch.linalg.svdvals(want)
             torch.testing.assert_close((got - want).norm(), singular[rank:].norm(), rtol=1e-4, atol=1e-4)
+
+
+def test_what_the_rewards_will_ask_reaches_the_network() -> None:
+    world = sample_batch([0, 1], num_frames=9, shake="smooth")
+    truth = unit_depth(world.geometry(every=4))
+    exact, logs = reward_loss(truth, truth, consistency=True)
+    assert exact == 0 and set(logs) == {"miss_shake", "miss_e_geo"}
+    cameras = truth.cam2world.clone()
+    cameras[:, 1, 0, 3] += 0.05  # the middle camera jumps aside
+    cameras.requires_grad_(True)
+    bent = GeometryPrediction.from_depth(cameras, truth.intrinsics, truth.depth, conf=truth.conf)
+    bent.dynamic_mask, bent.frame_index = truth.dynamic_mask, truth.frame_index
+    for consistency, name in ((False, "miss_shake"), (True, "miss_e_geo")):
+        value, logs = reward_loss(bent, truth, consistency=consistency)
+        (gradient,) = torch.autograd.grad(value, cameras)
+        assert logs[name] > 0 and gradient.isfinite().all()
+        assert (gradient[:, 1, 0, 3] > 0).all()  # back to where it was

@@ -26,12 +26,17 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("--judge", help="geometry model that the LGM was not made from (default: the embedded one)")
     parser.add_argument("--frames", type=at_least(3), default=17, help="RGB frames a clip (default: %(default)s)")
     parser.add_argument("--size", type=image_size, default=(64, 64), help="HEIGHTxWIDTH of the clips (default: 64)")
+    parser.add_argument(
+        "--recipe", default="tiny", help="training recipe whose reward options are asked about (default: %(default)s)"
+    )
     parser.set_defaults(run=run, resume=START_AGAIN)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Audit; the function prints its table and writes it."""
+    from vggrpo.config import load_config
     from vggrpo.evaluation.audit import audit_reward
+    from vggrpo.rewards.registry import audited_options
 
     audit_reward(
         arguments.lgm,
@@ -42,4 +47,5 @@ def run(arguments: argparse.Namespace) -> None:
         judge=arguments.judge,
         num_frames=arguments.frames,
         size=arguments.size,
+        options=audited_options(load_config(arguments.recipe).rewards),
     )

@@ -8,7 +8,8 @@ on generated clips?
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -29,7 +30,7 @@ from vggrpo.lgm.cache import teacher_views
 from vggrpo.models.base import GeometryModel
 from vggrpo.models.loading import load_geometry_model
 from vggrpo.models.wan import WanVideoModel
-from vggrpo.rewards import camera_motion_smoothness, geometry_reprojection_consistency
+from vggrpo.rewards.registry import AUDITED, get_reward
 from vggrpo.sampling import ode_sample
 from vggrpo.world import sample_batch, sample_prompts
 from vggrpo.world.perturb import wobble
@@ -54,6 +55,7 @@ def audit_reward(
     judge: str | Path | None = None,
     num_frames: int = 17,
     size: tuple[int, int] = (64, 64),
+    options: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Audit an LGM; prints a table, writes `audit.json` (which it returns) and `audit.html`.
 
@@ -68,12 +70,13 @@ def audit_reward(
         video_model: pipeline whose VAE the LGM reads and whose clips are judged, instead of `models`'.
         judge: geometry model that had no part in the LGM's training, instead of `models`'.
         num_frames, size: RGB frames and (height, width) of all clips.
+        options: keyword arguments of the two rewards by their names, as training will use them (`audited_options`).
     """
     model = LatentGeometryModel.from_pretrained(assets.path("lgm") if str(lgm) == "embedded" else lgm)
     judge_path, pipeline = (assets.path(n) if models is None else models / n for n in ("judge", "pipeline"))
     generator = WanVideoModel.from_pretrained(video_model or pipeline)
     model.check_latents_of(generator.latent_spec)
-    subject = _Subject(model, load_geometry_model(judge or judge_path), generator, num_frames, size)
+    subject = _Subject(model, load_geometry_model(judge or judge_path), generator, num_frames, size, options or {})
     rendered = _rendered_terms(subject, clips, seed, batch)
     generated = _generated_terms(subject, clips, seed, batch)
     floor, base = _mean(rendered["smooth"]["lgm"]["e_geo"]), _mean(generated["lgm"]["e_geo"])
@@ -91,7 +94,8 @@ def audit_reward(
         "floor_judge": _mean(rendered["smooth"]["judge"]["e_geo"]),
         "base_value_judge": _mean(generated["judge"]["e_geo"]),
         "samples_needed": samples_needed(generated["lgm"]["e_geo"]),
-        "clips": clips, "seed": seed, "passed": bool(passed),
+        "clips": clips, "seed": seed, "options": {k: dict(v) for k, v in subject.options.items()},
+        "passed": bool(passed),
     }  # fmt: skip
     write_audit_page(ensure_directory(output) / "audit.html", result, rendered, generated, groups)
     _print(result)
@@ -109,6 +113,12 @@ class _Subject:
     video_model: WanVideoModel
     num_frames: int
     size: tuple[int, int]
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def terms(self, prediction: GeometryPrediction) -> dict[str, Tensor]:
+        """`TERMS` of a geometry, with the options of the training to come."""
+        rewards = (get_reward(name)(prediction, **self.options.get(name, {})) for name in AUDITED)
+        return {k: v for reward in rewards for k, v in reward.terms.items() if k in TERMS}
 
     @property
     def view_stride(self) -> int:
@@ -134,11 +144,6 @@ def samples_needed(values: Float[Tensor, " N"], power: float = 0.8, level: float
     return {f"{percent}%": math.ceil(factor * (100 * spread / percent) ** 2) for percent in (5, 10, 20)}
 
 
-def _terms(prediction: GeometryPrediction) -> dict[str, Tensor]:
-    return {k: v for r in (camera_motion_smoothness(prediction), geometry_reprojection_consistency(prediction))
-            for k, v in r.terms.items() if k in TERMS}  # fmt: skip
-
-
 @torch.inference_mode()
 def _rendered_terms(subject: _Subject, clips: int, seed: int, batch: int) -> dict[str, dict[str, dict[str, Tensor]]]:
     """Terms of rendered clips by kind (smooth, handheld, wobble) and by who measures (lgm, judge, truth)."""
@@ -156,9 +161,9 @@ def _rendered_terms(subject: _Subject, clips: int, seed: int, batch: int) -> dic
         }
         for kind, world in worlds.items():
             target = rows.setdefault(kind, {"lgm": [], "judge": [], "truth": []})
-            target["lgm"].append(_terms(subject.lgm(subject.video_model.encode_video(world.video))))
-            target["judge"].append(_terms(subject.judged(world.video)))
-            target["truth"].append(_terms(world.geometry(subject.view_stride)))
+            target["lgm"].append(subject.terms(subject.lgm(subject.video_model.encode_video(world.video))))
+            target["judge"].append(subject.terms(subject.judged(world.video)))
+            target["truth"].append(subject.terms(world.geometry(subject.view_stride)))
     return {kind: {who: _joined(parts) for who, parts in by.items()} for kind, by in rows.items()}
 
 
@@ -173,8 +178,8 @@ def _generated_terms(subject: _Subject, clips: int, seed: int, batch: int) -> di
         part = prompts[low : low + batch]
         seeds = list(range(seed + low, seed + low + len(part)))
         latents = ode_sample(video_model, video_model.encode_prompt(part), shape=shape, seeds=seeds, num_steps=STEPS)
-        rows["lgm"].append(_terms(subject.lgm(latents)))
-        rows["judge"].append(_terms(subject.judged(video_model.decode(latents))))
+        rows["lgm"].append(subject.terms(subject.lgm(latents)))
+        rows["judge"].append(subject.terms(subject.judged(video_model.decode(latents))))
     return {who: _joined(parts) for who, parts in rows.items()}
 
 

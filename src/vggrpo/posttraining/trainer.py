@@ -13,7 +13,7 @@ import json
 import logging
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +23,7 @@ import torch
 
 from vggrpo import assets
 from vggrpo.checkpoint import Checkpoint, load_latest, save_checkpoint
-from vggrpo.config import EMBEDDED, TrainConfig, dump_config, resume_difference
+from vggrpo.config import EMBEDDED, RewardTerm, TrainConfig, dump_config, resume_difference
 from vggrpo.distributed import Processes
 from vggrpo.errors import UserError
 from vggrpo.io.atomic import atomic_write, ensure_directory
@@ -36,6 +36,7 @@ from vggrpo.posttraining.conditions import Conditions, load_prompts
 from vggrpo.posttraining.policy import Policy, exported
 from vggrpo.posttraining.scoring import GeometryReader, check_rewards
 from vggrpo.posttraining.validation import Validation, validation_prompts
+from vggrpo.rewards.registry import audited_options
 from vggrpo.sampling.seeds import derive_seed
 from vggrpo.tracking import Stopwatch, Tracker
 
@@ -244,31 +245,37 @@ def load_reader(config: TrainConfig, model: VideoModel) -> GeometryReader:
         from vggrpo.posttraining.rgb_reader import load_rgb_reader
 
         return load_rgb_reader(config.reward, model)
-    return load_lgm(config.lgm.path, model.device, model.latent_spec)
+    return load_lgm(config.lgm.path, model.device, model.latent_spec, config.rewards)
 
 
-def load_lgm(path: str, device: torch.device, spec: LatentSpec | None = None) -> GeometryReader:
-    """The configured LGM, frozen, on the model's device; with `spec`, one made for another VAE is refused."""
+def load_lgm(
+    path: str, device: torch.device, spec: LatentSpec | None = None, rewards: Mapping[str, RewardTerm] | None = None
+) -> GeometryReader:
+    """The configured LGM, frozen, on the model's device; with `spec`, one made for another VAE is refused. `rewards`:
+    what its audit should have asked about."""
     from vggrpo.lgm import LatentGeometryModel
 
     directory = assets.path("lgm") if path == EMBEDDED else Path(path)
     lgm = LatentGeometryModel.from_pretrained(directory)
     if spec is not None:
         lgm.check_latents_of(spec)
-    _warn_unaudited(directory)
+    _warn_unaudited(directory, rewards)
     return lgm.to(device).eval().requires_grad_(False)
 
 
-def _warn_unaudited(lgm: Path) -> None:
+def _warn_unaudited(lgm: Path, rewards: Mapping[str, RewardTerm] | None = None) -> None:
     """Say so when nothing shows that this LGM's reward is signal (METHOD section 2)."""
     audit = lgm / "audit.json"
-    if not audit.is_file():
+    found = json.loads(audit.read_text()) if audit.is_file() else None
+    if found is None:
         logger.warning(
             "the LGM in %s was never audited: its reward may be noise; run `vggrpo audit-reward --lgm %s --output %s`",
             lgm, lgm, lgm,
         )  # fmt: skip
-    elif not json.loads(audit.read_text()).get("passed"):
+    elif not found.get("passed"):
         logger.warning("the LGM in %s does not pass its reward audit (%s): its reward is mostly noise", lgm, audit)
+    elif rewards is not None and found.get("options", {}) != audited_options(rewards):
+        logger.warning("the audit of the LGM in %s asked about other reward options (%s)", lgm, found.get("options"))
 
 
 def _check_resume(checkpoint: Checkpoint | None, config: TrainConfig, fingerprint: str) -> None:

@@ -151,13 +151,13 @@ def _lgm(output: Path, clips: list[Path], heldout: list[Path], steps: int | None
                 f"the LGM needs {output / needed}; run `vggrpo world pretrain {needed} --output {output}` first"
             )
     teacher = VGGT.from_pretrained(output / "geometry").requires_grad_(False)
-    data = lgm.LatentClips([output / "latents" / "train" / p.name for p in clips], clips)
-    best = lgm.stitch(teacher, data)[0]
     video_model = WanVideoModel.from_pretrained(output / "pipeline")
+    data = lgm.EncodedClips(clips, video_model)
+    best = lgm.stitch(teacher, data)[0]
     config = LGMConfig(
         geometry="../geometry",
         vae=lgm.VAE_NAME,
-        latent_channels=data.latents.shape[1],
+        latent_channels=video_model.latent_spec.channels,
         layer=best.layer,
         lora_rank=lgm.LORA_RANK,
         lora_alpha=lgm.LORA_RANK,
@@ -174,14 +174,12 @@ def _lgm(output: Path, clips: list[Path], heldout: list[Path], steps: int | None
         output / "work" / "lgm",
         _with_steps(lgm.SCHEDULE, steps),
         generated,
-        video_model,
     )
     model = lgm.compressed(model, teacher)
     model.save_pretrained(output / "lgm", torch.float16)
     if (output / "judge").is_dir():  # training asks for an audit beside the LGM
         audit_reward(output / "lgm", output / "lgm", clips=lgm.AUDIT_CLIPS, models=output)
-    test = lgm.LatentClips([output / "latents" / "heldout" / p.name for p in heldout], heldout)
-    return lgm.measure_lgm(model, teacher, test)
+    return lgm.measure_lgm(model, teacher, lgm.EncodedClips(heldout, video_model))
 
 
 def _with_steps(schedule: Any, steps: int | None) -> Any:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor
 
 from vggrpo.geometry import GeometryPrediction
@@ -16,9 +17,11 @@ from vggrpo.pretraining.data import Shards, augment
 from vggrpo.pretraining.loop import Schedule, fit
 from vggrpo.pretraining.matching import Matched
 from vggrpo.rewards import geometry_reprojection_consistency
+from vggrpo.rewards.camera_motion import normalised_acceleration
+from vggrpo.rewards.travel import camera_steps
 from vggrpo.world.perturb import wobble
 
-TEACHER = VGGTConfig(stem_blocks=2, stem_radius=3, head_features=64, head_detail=True)
+TEACHER = VGGTConfig(stem_blocks=2, stem_radius=4, head_features=64, head_detail=True)
 JUDGE = VGGTConfig(
     dim=128, heads=4, conv_layers=5, pairs=2, registers=0, stem_blocks=1, stem_radius=4, hooks=(1, 2), head_features=48,
     head_detail=True, mlp_ratio=2.0,
@@ -31,7 +34,11 @@ NEAR_SHARE = 0.7
 # Clips that do not hold together, of known geometry: what a judge of generated clips must see, and go on seeing while
 # it learns to agree with itself on clips that do.
 WOBBLE_SHARE, MAX_WOBBLE = 0.2, 4.0
-CONSISTENCY_WEIGHT, CONSISTENCY_FROM = 3.0, 0.4  # from that share of the steps on: noise cannot be made consistent
+# What the rewards will ask is asked while training: their errors on the prediction are to be those on the truth, of
+# the reprojection from that share of the steps on, because noise cannot be made consistent.
+CONSISTENCY_WEIGHT, CONSISTENCY_FROM = 3.0, 0.4
+# With the rewards' own eps of .001 a pan's translation, which is noise, would count as much as any.
+SMOOTHNESS_WEIGHT, SMOOTHNESS_EPS = 0.3, 0.03
 # Generated clips come out of a VAE, softer than the renderer draws; some batches are made as soft.
 BLUR_SHARE, BLUR_SIZE = 0.4, 26
 TEACHER_SCHEDULE = Schedule(steps=4000, lr=1e-3)
@@ -64,15 +71,13 @@ def train_geometry(
             world = wobble(world, amplitude, int(torch.randint(2**31, (), generator=generator)))
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             prediction, raw = model.network.predict(softened(world.video, generator).transpose(1, 2))
-            match = model.loss(world)
-        value, logs = geometry_loss(prediction, raw, unit_depth(world.geometry(every=1)))
-        if wobbling:  # the displacements of the world below are not those of the picture
-            return value, {}
-        value, logs = value + MATCH_WEIGHT * match, logs | {"match": match.item()}
-        if step < CONSISTENCY_FROM * schedule.steps:
-            return value, logs
-        error = consistency_error(prediction)
-        return value + CONSISTENCY_WEIGHT * error, logs | {"e_geo": error.item()}
+            # The displacements of a wobbling world are not those of its picture.
+            match = torch.zeros(()) if wobbling else model.loss(world)
+        target = unit_depth(world.geometry(every=1))
+        value, logs = geometry_loss(prediction, raw, target)
+        extra, more = reward_loss(prediction, target, consistency=step >= CONSISTENCY_FROM * schedule.steps)
+        value = value + MATCH_WEIGHT * match + extra
+        return value, more if wobbling else logs | more | {"match": match.item()}
 
     network = VGGT(config)
     if start is not None:
@@ -94,10 +99,29 @@ def _frames(done: float, generator: torch.Generator) -> tuple[int, int, int]:
     return every, int(torch.randint(17 - (views - 1) * every, (), generator=generator)), views
 
 
-def consistency_error(prediction: GeometryPrediction) -> Tensor:
-    """The reward's own error, mean over the batch (clips that it cannot judge count as zero): differentiable."""
-    reward = geometry_reprojection_consistency(prediction, stride=2)
-    return reward.terms["e_geo"][reward.valid].sum() / len(reward.valid)
+def reward_loss(
+    prediction: GeometryPrediction, target: GeometryPrediction, *, consistency: bool
+) -> tuple[Tensor, dict[str, float]]:
+    """How far the rewards' errors on a prediction are from those on the truth, weighted, and each for the log.
+
+    Clips that a reward cannot judge count as zero. `consistency`: with the reprojection error, the costly one.
+    """
+    shaken = (_shake(prediction.cam2world) - _shake(target.cam2world)).abs().mean()
+    parts = {"shake": SMOOTHNESS_WEIGHT * shaken}
+    if consistency:
+        found, wanted = (geometry_reprojection_consistency(g, stride=2) for g in (prediction, target))
+        known = found.valid & wanted.valid
+        one = torch.ones_like(found.value)
+        # From the values, e = 1/r - 1: a reward's terms are cut off from the graph.
+        miss = 1 / torch.where(known, found.value, one) - 1 / torch.where(known, wanted.value, one)
+        parts["e_geo"] = CONSISTENCY_WEIGHT * miss.abs().mean()
+    return torch.stack(list(parts.values())).sum(), {f"miss_{name}": part.item() for name, part in parts.items()}
+
+
+def _shake(cam2world: Float[Tensor, "B S 4 4"]) -> Float[Tensor, "B 2"]:
+    """`e_trans` and `e_rot` of a path in units of the first view's median depth."""
+    eps = cam2world.new_full((len(cam2world),), SMOOTHNESS_EPS)
+    return torch.stack([normalised_acceleration(velocity, eps) for velocity in camera_steps(cam2world)], -1)
 
 
 def softened(video: Tensor, generator: torch.Generator) -> Tensor:

@@ -13,7 +13,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vggrpo.geometry import GeometryPrediction
 from vggrpo.lgm.losses import geometry_errors, geometry_loss, unit_depth
 from vggrpo.lgm.model import LatentGeometryModel, LGMConfig
 from vggrpo.lgm.search import StitchFit, search_layers
@@ -21,14 +20,13 @@ from vggrpo.lgm.training import mean_errors
 from vggrpo.models.vggt import VGGT
 from vggrpo.models.wan import WanVideoModel
 from vggrpo.pretraining.compress import compress_lora
-from vggrpo.pretraining.data import Shards, mirror
+from vggrpo.pretraining.data import Shards, augment
 from vggrpo.pretraining.geometry import (
     CONSISTENCY_FROM,
-    CONSISTENCY_WEIGHT,
     MATCH_WEIGHT,
     MAX_WOBBLE,
     WOBBLE_SHARE,
-    consistency_error,
+    reward_loss,
 )
 from vggrpo.pretraining.loop import Schedule, fit
 from vggrpo.pretraining.matching import Matched
@@ -38,6 +36,7 @@ from vggrpo.world.perturb import wobble
 
 SCHEDULE = Schedule(steps=2400, lr=1e-3, ema=0.998, weight_decay=0.0, seed=3)
 BATCH = 8
+FRAMES, VIEW_STRIDE = 17, 4  # of a clip; RGB frames between the views of a latent
 GENERATED_SHARE = 0.25
 LORA_RANK, SHIPPED_RANK = 48, 12
 GENERATED_PROMPTS = 384
@@ -45,30 +44,37 @@ AUDIT_CLIPS = 96
 VAE_NAME = "embedded AutoencoderKLWan, 8x8x4, 16 channels"
 
 
-class LatentClips:
-    """Clips as latents with a target geometry: the renderer's truth, or the teacher's word on generated clips."""
+class EncodedClips:
+    """Rendered clips as latents, encoded as they are asked for: that costs a tenth of a step, and every visit can be
+    mirrored, played backwards or made to wobble."""
 
-    def __init__(self, latents: list[Path], shards: list[Path]) -> None:
-        self.truth = Shards.load(shards)
-        self.latents = torch.cat([_read(path, "latents") for path in latents])
-        self.mirrored = torch.cat([_read(path, "mirrored") for path in latents])
-
-    def draw(self, generator: torch.Generator) -> tuple[Tensor, WorldBatch]:
-        """A batch of latents with their worlds, mirrored with probability one half."""
-        index = torch.randint(len(self), (BATCH,), generator=generator)
-        world = self.truth.world(index)
-        if torch.rand((), generator=generator) < 0.5:
-            return self.mirrored[index].float(), mirror(world)
-        return self.latents[index].float(), world
+    def __init__(self, shards: list[Path], video_model: WanVideoModel) -> None:
+        self.truth, self.video_model = Shards.load(shards), video_model
 
     def __len__(self) -> int:
-        return len(self.latents)
+        return len(self.truth)
 
-    def pairs(self, start: int, stop: int, batch: int = 16) -> Iterator[tuple[Tensor, Tensor]]:
-        """Latents and RGB views (B, S, 3, H, W) of clips start .. stop."""
+    @torch.no_grad()
+    def draw(self, generator: torch.Generator) -> tuple[Tensor, WorldBatch, bool]:
+        """A batch of latents, the truth of its views, and whether it wobbles (a share of `WOBBLE_SHARE`)."""
+        index = torch.randint(len(self), (BATCH,), generator=generator)
+        world = augment(self.truth.world(index, every=1, views=FRAMES), generator)
+        wobbling = bool(torch.rand((), generator=generator) < WOBBLE_SHARE)
+        if wobbling:
+            amplitude = MAX_WOBBLE * torch.rand(BATCH, generator=generator)
+            world = wobble(world, amplitude, int(torch.randint(2**31, (), generator=generator)))
+        return self.video_model.encode_video(world.video), world.views(VIEW_STRIDE), wobbling
+
+    @torch.no_grad()
+    def batches(self, start: int, stop: int, batch: int = 16) -> Iterator[tuple[Tensor, WorldBatch]]:
+        """Latents of clips start .. stop and the truth of their views."""
         for low in range(start, stop, batch):
-            index = torch.arange(low, min(low + batch, stop))
-            yield self.latents[index].float(), self.truth.world(index).video.transpose(1, 2)
+            world = self.truth.world(torch.arange(low, min(low + batch, stop)), every=1, views=FRAMES)
+            yield self.video_model.encode_video(world.video), world.views(VIEW_STRIDE)
+
+    def pairs(self, start: int, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Latents and RGB views (B, S, 3, H, W) of clips start .. stop."""
+        return ((latents, world.video.transpose(1, 2)) for latents, world in self.batches(start, stop))
 
 
 def _read(path: Path, name: str) -> Tensor:
@@ -76,7 +82,7 @@ def _read(path: Path, name: str) -> Tensor:
         return file.get_tensor(name)
 
 
-def stitch(teacher: VGGT, clips: LatentClips, train: int = 768, heldout: int = 128) -> list[StitchFit]:
+def stitch(teacher: VGGT, clips: EncodedClips, train: int = 768, heldout: int = 128) -> list[StitchFit]:
     """Closed-form connectors of all stitch points, best held-out R^2 first."""
     train = min(train, len(clips) * 6 // 7)
     return search_layers(teacher, clips.pairs(0, train), clips.pairs(train, min(train + heldout, len(clips))), stride=1)
@@ -84,13 +90,12 @@ def stitch(teacher: VGGT, clips: LatentClips, train: int = 768, heldout: int = 1
 
 def train_lgm(
     teacher: VGGT,
-    clips: LatentClips,
+    clips: EncodedClips,
     fitted: StitchFit,
     config: LGMConfig,
     folder: Path,
     schedule: Schedule = SCHEDULE,
     generated: tuple[Tensor, Tensor] | None = None,
-    video_model: WanVideoModel | None = None,
     bf16: bool = True,
 ) -> LatentGeometryModel:
     """Train connector and LoRA.
@@ -98,7 +103,6 @@ def train_lgm(
     Args:
         generated: latents (N, C, T', H', W') of the base generator and their RGB views (N, S, 3, H, W); the teacher
             judges the views. A share of `GENERATED_SHARE` of all batches. None: rendered clips alone.
-        video_model: encodes wobbling clips, a share of `WOBBLE_SHARE`. None: no such clips.
     """
     torch.manual_seed(schedule.seed)
     student = LatentGeometryModel(config, _copy(teacher))
@@ -108,29 +112,23 @@ def train_lgm(
     through_convs = config.layer < teacher.config.conv_layers  # what matching is read from
 
     def loss(model: nn.ModuleList, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        draw = torch.rand((), generator=generator).item()
-        world = None
-        if generated is not None and draw < GENERATED_SHARE:
+        if generated is not None and torch.rand((), generator=generator) < GENERATED_SHARE:
             index = torch.randint(len(generated[0]), (BATCH,), generator=generator)
-            latents = generated[0][index].float()
-            with torch.no_grad():
-                target = unit_depth(teacher(generated[1][index].float()))
-        elif video_model is not None and draw > 1 - WOBBLE_SHARE:
-            latents, target = wobbling_clips(clips.truth, video_model, generator)
-        else:
-            latents, world = clips.draw(generator)
-            target = unit_depth(world.geometry(every=1))
+            target = unit_depth(teacher(generated[1][index].float()))
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                prediction, raw = model[0].predict(generated[0][index].float())
+            # A teacher's word on them is good enough for maps and poses, not for what the rewards make of these.
+            return geometry_loss(prediction, raw, target)[0], {}
+        latents, world, wobbling = clips.draw(generator)
+        target = unit_depth(world.geometry(every=1))
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             prediction, raw = model[0].predict(latents)
-            match = model[1].loss(world) if world is not None and through_convs else torch.zeros(())
+            # The displacements of a wobbling world are not those of its picture.
+            match = model[1].loss(world) if through_convs and not wobbling else torch.zeros(())
         value, logs = geometry_loss(prediction, raw, target)
-        if world is None:
-            return value, {}
-        value, logs = value + MATCH_WEIGHT * match, logs | {"match": match.item()}
-        if step < CONSISTENCY_FROM * schedule.steps:
-            return value, logs
-        error = consistency_error(prediction)
-        return value + CONSISTENCY_WEIGHT * error, logs | {"e_geo": error.item()}
+        extra, more = reward_loss(prediction, target, consistency=step >= CONSISTENCY_FROM * schedule.steps)
+        value = value + MATCH_WEIGHT * match + extra
+        return value, more if wobbling else logs | more | {"match": match.item()}
 
     return fit(nn.ModuleList([student, Matched(student.geometry)]), loss, schedule, folder)[0]
 
@@ -145,18 +143,6 @@ def compressed(model: LatentGeometryModel, teacher: VGGT, rank: int = SHIPPED_RA
     return small.eval()
 
 
-@torch.no_grad()
-def wobbling_clips(
-    truth: Shards, video_model: WanVideoModel, generator: torch.Generator
-) -> tuple[Tensor, GeometryPrediction]:
-    """Latents and geometry of a batch of rendered clips with a wobble of up to `MAX_WOBBLE` pixels."""
-    index = torch.randint(len(truth), (BATCH,), generator=generator)
-    amplitude = MAX_WOBBLE * torch.rand(BATCH, generator=generator)
-    seed = int(torch.randint(2**31, (), generator=generator))
-    world = wobble(truth.world(index, every=1, views=17), amplitude, seed)
-    return video_model.encode_video(world.video), unit_depth(world.geometry())
-
-
 def _copy(teacher: VGGT) -> VGGT:
     copy = VGGT(teacher.config)
     copy.load_state_dict(teacher.state_dict())
@@ -165,15 +151,13 @@ def _copy(teacher: VGGT) -> VGGT:
 
 @torch.no_grad()
 def measure_lgm(
-    lgm: LatentGeometryModel, teacher: VGGT, clips: LatentClips, count: int = 256
+    lgm: LatentGeometryModel, teacher: VGGT, clips: EncodedClips, count: int = 256
 ) -> dict[str, dict[str, float]]:
     """Held-out errors of LGM and RGB model on the same rendered clips."""
     rows: dict[str, list[dict[str, Tensor]]] = {"lgm": [], "rgb": []}
-    for low in range(0, min(count, len(clips)), 16):
-        index = torch.arange(low, min(low + 16, count, len(clips)))
-        world = clips.truth.world(index)
+    for latents, world in clips.batches(0, min(count, len(clips))):
         target = world.geometry(every=1)
-        rows["lgm"].append(geometry_errors(lgm(clips.latents[index].float()), target))
+        rows["lgm"].append(geometry_errors(lgm(latents), target))
         rows["rgb"].append(geometry_errors(teacher(world.video.transpose(1, 2)), target))
     return {name: mean_errors(errors) for name, errors in rows.items()}
 

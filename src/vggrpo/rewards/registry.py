@@ -9,9 +9,12 @@ A package adds a reward with, in its pyproject.toml,
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import entry_points
+from typing import Any
 
+from vggrpo.config import RewardTerm
 from vggrpo.errors import UserError
 from vggrpo.rewards.adherence import camera_adherence
 from vggrpo.rewards.base import RewardFunction
@@ -28,6 +31,13 @@ REWARDS: dict[str, RewardFunction] = {
     "camera_adherence": camera_adherence,
     "subject_rigidity": subject_rigidity,
 }
+
+AUDITED = ("camera_motion_smoothness", "geometry_reprojection_consistency")  # the paper's two
+
+
+def audited_options(rewards: Mapping[str, RewardTerm]) -> dict[str, dict[str, Any]]:
+    """What a recipe's `rewards` say of the options of the two that an audit asks about; a default says nothing."""
+    return {name: dict(rewards[name].options) for name in AUDITED if name in rewards and rewards[name].options}
 
 
 @cache
