@@ -3,16 +3,20 @@
 Data parallel without a wrapper: each process rolls out its share of the samples, group statistics are computed from the
 gathered rewards (so they do not depend on the split), each scales its loss by the **global** number of transitions, and
 gradients are summed. One process needs none of it and every function is then the identity. A process that dies ends all
-others with one line.
+others with one line. Asked to stop, all stop after the same update (`stop_signals`, `Processes.any`).
 """
 
 from __future__ import annotations
 
+import logging
 import os
+import signal
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -20,6 +24,7 @@ from torch import Tensor, nn
 
 from vggrpo.errors import UserError
 
+logger = logging.getLogger(__name__)
 BUCKET = 1 << 26
 """Gradient values that are summed in one message."""
 
@@ -154,3 +159,25 @@ def _together() -> Iterator[None]:
             f"lost contact with another process ({reason}); see its own message, and run again to go on from the "
             "last checkpoint"
         ) from error
+
+
+@contextmanager
+def stop_signals() -> Iterator[threading.Event]:
+    """An event that SIGINT and SIGTERM set; a second SIGINT interrupts at once. Outside of the main thread nothing is
+    caught."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+
+    def request(number: int, frame: Any) -> None:
+        event.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        logger.warning("stopping after this update; the run can be resumed")
+
+    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield event
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

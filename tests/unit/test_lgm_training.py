@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from itertools import pairwise
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from lgm_material import FRAMES, SIZE, BlockVAE, teacher, write_videos
 from safetensors.torch import load_file, save_file
 
+from vggrpo.checkpoint import load_latest
 from vggrpo.config_lgm import load_lgm_config
 from vggrpo.errors import UserError
 from vggrpo.geometry import GeometryPrediction
@@ -90,6 +93,23 @@ def test_training_goes_on_bit_for_bit(place, monkeypatch):
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
     assert rows(place / "cut") == rows(place / "whole")
     assert any(k.startswith("lora.") and v.abs().sum() > 0 for k, v in whole.items() if "lora_B" in k)
+
+
+def test_a_signal_saves_at_the_end_of_the_update(place, monkeypatch):
+    step = lgm_training._Distillation.update
+
+    def stop(self, number, watch):
+        if number == 3:  # the last regular checkpoint is of update 3, this one is lost without it
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, number, watch)
+
+    monkeypatch.setattr(lgm_training._Distillation, "update", stop)
+    with pytest.raises(KeyboardInterrupt, match="stopped after update 4 of 6; run again"):
+        train(place, "stopped")
+    assert load_latest(place / "stopped" / "checkpoints").step == 4
+    monkeypatch.undo()
+    train(place, "stopped")
+    assert rows(place / "stopped") == rows(place / "whole")
 
 
 def test_a_finished_run_does_nothing_and_another_config_is_refused(place):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from vggrpo.checkpoint import load_latest, save_checkpoint
 from vggrpo.config_lgm import DistillConfig, TrainLGMConfig, check_resumable
-from vggrpo.distributed import Processes
+from vggrpo.distributed import Processes, stop_signals
 from vggrpo.errors import UserError
 from vggrpo.lgm.cache import FIRST_FLOW, CachedClips
 from vggrpo.lgm.losses import distillation_loss, geometry_errors
@@ -83,6 +83,7 @@ def distill(
 
     Raises:
         UserError: the output directory holds another run, or training diverges.
+        KeyboardInterrupt: after SIGINT or SIGTERM, when the resumable state is saved.
     """
     processes = processes or Processes()
     run = _Distillation(config, model, material, processes)
@@ -91,18 +92,21 @@ def distill(
         Path(config.output), total=config.updates, start=start, enabled=processes.is_main, progress=progress
     )
     errors: dict[str, float] = {}
-    with tracker:
+    with tracker, stop_signals() as stop:
         for update in range(start, config.updates):
             watch = Stopwatch(run.device)
             metrics = run.update(update, watch)
             done = update + 1
+            stopping = processes.any(stop.is_set(), run.device)
             save = done % config.save_every == 0 or done == config.updates
             if save:
                 errors = heldout_errors(model, material, config.distill.batch)
                 metrics |= {f"heldout/{name}": value for name, value in errors.items()}
             tracker.log(update, metrics | {f"seconds/{name}": value for name, value in watch.seconds.items()})
-            if save:
+            if save or stopping:
                 run.save(done)
+            if stopping and done < config.updates:
+                raise KeyboardInterrupt(f"stopped after update {done} of {config.updates}; run again to go on")
     return errors or heldout_errors(model, material, config.distill.batch)
 
 

@@ -11,20 +11,18 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from vggrpo import assets
 from vggrpo.checkpoint import Checkpoint, load_latest, save_checkpoint
 from vggrpo.config import EMBEDDED, RewardTerm, TrainConfig, dump_config, resume_difference
-from vggrpo.distributed import Processes
+from vggrpo.distributed import Processes, stop_signals
 from vggrpo.errors import UserError
 from vggrpo.io.atomic import atomic_write, ensure_directory
 from vggrpo.io.manifest import read_jsonl
@@ -104,7 +102,7 @@ def train(
             trackers=config.trackers,
             settings=config.model_dump(mode="json"),
         )
-        with tracker, _stop_signals() as stop:
+        with tracker, stop_signals() as stop:
             run.loop(start, tracker, stop)
     return result
 
@@ -288,25 +286,3 @@ def _check_resume(checkpoint: Checkpoint | None, config: TrainConfig, fingerprin
         raise UserError(
             f"{config.output} holds a run with another config ({difference}); undo the change or set another output=DIR"
         )
-
-
-@contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set; a second SIGINT interrupts at once. Outside of the main thread nothing is
-    caught."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-
-    def request(number: int, frame: Any) -> None:
-        event.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        logger.warning("stopping after this update; the run can be resumed")
-
-    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield event
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
