@@ -187,6 +187,15 @@ def test_exact_geometry_is_consistent_and_wobble_is_not(move: str) -> None:
     assert (e_geo[0] < 1e-3).all() and (e_geo[0] < e_geo[1]).all() and (e_geo[1] < e_geo[2]).all(), e_geo
 
 
+def test_slow_wobble_changes_as_much_from_key_to_key_and_less_in_between() -> None:
+    static = [s for s in range(20) if not sample_scene(s, num_frames=9, camera="fixed").moves.any()][:2]
+    exact = sample_batch(static, num_frames=9, camera="fixed", shake="smooth")
+    quick, slow = (wobble(exact, 3.0, seed=2, period=period).video for period in (1, 4))
+    step = {name: v.diff(dim=2).abs().mean().item() for name, v in (("quick", quick), ("slow", slow))}
+    far = {name: v[:, :, ::4].diff(dim=2).abs().mean().item() for name, v in (("quick", quick), ("slow", slow))}
+    assert step["slow"] < 0.6 * step["quick"] and far["slow"] == pytest.approx(far["quick"], rel=0.3)
+
+
 def test_wobble_takes_an_amplitude_a_clip_and_thinned_truth() -> None:
     exact = sample_batch([1, 2], num_frames=5, size=(32, 32), supersample=1)
     bent = wobble(exact, torch.tensor([0.0, 3.0]), seed=1)

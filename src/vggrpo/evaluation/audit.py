@@ -157,7 +157,7 @@ def _rendered_terms(subject: _Subject, clips: int, seed: int, batch: int) -> dic
         worlds = {
             "smooth": smooth,
             "handheld": sample_batch(seeds, shake="handheld", **shape),
-            "wobble": wobble(smooth, amplitude, seed + low),
+            "wobble": wobble(smooth, amplitude, seed + low, period=subject.view_stride),
         }
         for kind, world in worlds.items():
             target = rows.setdefault(kind, {"lgm": [], "judge": [], "truth": []})

@@ -62,7 +62,8 @@ class EncodedClips:
         wobbling = bool(torch.rand((), generator=generator) < WOBBLE_SHARE)
         if wobbling:
             amplitude = MAX_WOBBLE * torch.rand(BATCH, generator=generator)
-            world = wobble(world, amplitude, int(torch.randint(2**31, (), generator=generator)))
+            seed = int(torch.randint(2**31, (), generator=generator))
+            world = wobble(world, amplitude, seed, period=VIEW_STRIDE)
         return self.video_model.encode_video(world.video), world.views(VIEW_STRIDE), wobbling
 
     @torch.no_grad()

@@ -18,15 +18,24 @@ from vggrpo.world.batch import WorldBatch
 _CELLS = 5  # bumps of the displacement field a side
 
 
-def wobble(world: WorldBatch, amplitude: float | Tensor, seed: int = 0, truth_every: int = 1) -> WorldBatch:
+def wobble(
+    world: WorldBatch, amplitude: float | Tensor, seed: int = 0, truth_every: int = 1, period: int = 1
+) -> WorldBatch:
     """Warp each frame by a random smooth field of root-mean-square `amplitude` pixels (one number, or one a clip).
 
     Args:
         truth_every: the truth maps of `world` belong to frames 0, truth_every, ... of its video (1: to every frame).
+        period: frames between two fields that have nothing in common; those in between pass from one to the other.
+            1: the picture flickers, which a video VAE averages away; its temporal stride: things slowly change shape,
+            as they do in generated videos.
     """
     b, _, t, h, w = world.video.shape
     rng = np.random.default_rng(seed)
-    coarse = torch.from_numpy(rng.standard_normal((b * t, 2, _CELLS, _CELLS))).float().to(world.video.device)
+    keys = -(-(t - 1) // period) + 1
+    key = torch.from_numpy(rng.standard_normal((b, keys, 2, _CELLS, _CELLS))).float().to(world.video.device)
+    time = torch.arange(t, device=key.device) / period
+    before, share = time.floor().long(), (time % 1)[:, None, None, None]
+    coarse = (key[:, before].lerp(key[:, (before + 1).clamp_max(keys - 1)], share)).flatten(0, 1)
     field = F.interpolate(coarse, size=(h, w), mode="bicubic", align_corners=False)
     field = field / field.square().mean(dim=(1, 2, 3), keepdim=True).sqrt() * 2**-0.5
     amplitude = torch.as_tensor(amplitude, dtype=torch.float32, device=field.device).expand(b).repeat_interleave(t)
