@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from vggrpo.errors import UserError
-from vggrpo.evaluation.benchmarks import SHIPPED, WORLD, camera_moves, load_prompt_set, load_prompt_sets
+from vggrpo.evaluation.benchmarks import SHIPPED, WORLD, load_prompt_set, load_prompt_sets
+from vggrpo.io.camera_words import camera_moves
 from vggrpo.io.prompts import read_prompts
 from vggrpo.world import CAMERA_MOVES
 from vggrpo.world.captions import caption_to_attributes, split_of
@@ -57,24 +58,6 @@ def test_world_sets_are_held_out(name):
         assert split_of(attributes) == "heldout"
         assert sorted(tags([prompt], "camera:")[0]) == sorted(f"camera:{move}" for move in attributes["camera"])
         assert any(thing["motion"] for thing in attributes["objects"]) == (prompt.tags[0] == "dynamic")
-
-
-@pytest.mark.parametrize(
-    ("text", "moves"),
-    [
-        ("Camera push in, then pan left. Deep canyon walls.", ("dolly_in", "pan_left")),
-        ("Camera move right, pull out, then pan right. A whale breaching.", ("truck_right", "dolly_out", "pan_right")),
-        ("Camera fixed. Snow falling.", ("fixed",)),
-        ("Garden, zoom in.", ("zoom_in",)),
-        ("a shark is swimming in the ocean, tilt down", ("tilt_down",)),
-        ("The camera movement is static. Garden, static shot, the camera is fixed.", ("fixed",)),
-        ("The camera orbits around. Castle, the camera circles around.", ("orbit",)),
-        ("A train pulls out of a station and turns left. The pan left on the stove rises.", ()),
-        ("漢字 und Ünïcode", ()),
-    ],
-)
-def test_camera_words(text, moves):
-    assert camera_moves(text) == moves
 
 
 def test_lists_of_other_benchmarks(shared_dir):

@@ -1,8 +1,6 @@
-"""Camera adherence: what prompts name, and whether the true cameras of rendered clips are said to follow it."""
+"""Camera adherence: whether the true cameras of rendered clips are said to follow it."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,58 +11,10 @@ from vggrpo.errors import UserError
 from vggrpo.geometry import GeometryPrediction, so3_exp
 from vggrpo.rewards import RewardContext, camera_adherence
 from vggrpo.rewards.adherence import net_motion
-from vggrpo.rewards.camera_words import MOVES, camera_moves
-from vggrpo.world import CAMERA_MOVES, sample_batch, sample_prompts
-from vggrpo.world.captions import CAMERA_PHRASES, caption_to_attributes
+from vggrpo.world import CAMERA_MOVES, sample_batch
+from vggrpo.world.captions import CAMERA_PHRASES
 
 OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up", "in": "out", "out": "in"}
-
-
-@pytest.mark.parametrize("move", CAMERA_MOVES)
-def test_every_phrase_of_the_embedded_grammar_is_read(move):
-    for phrase in CAMERA_PHRASES[move]:
-        for text in (f"The camera {phrase} in a stone room with a red ball.", f"A brick room. The camera {phrase}."):
-            assert camera_moves(text) == [move]
-
-
-def test_whole_captions_name_what_their_attributes_say():
-    for prompt in sample_prompts(200, 5):
-        attributes = caption_to_attributes(prompt)
-        assert camera_moves(prompt) == [move for move in MOVES if move in attributes["camera"]], prompt
-
-
-@pytest.mark.parametrize(
-    ("text", "moves"),
-    [
-        ("Garden, zoom in.", ["dolly_in"]),
-        ("Camera move right, pull out, then pan right. A desert canyon.", ["truck_right", "dolly_out", "pan_right"]),
-        ("The camera orbits around in a clockwise direction. Garden.", ["orbit_left"]),
-        ("the camera circles the statue counter-clockwise", ["orbit_right"]),
-        ("Camera slowly pans to the left over a bay", ["pan_left"]),
-        ("The camera pulls back and rises.", ["pedestal_up", "dolly_out"]),
-        ("Vase, static shot, the camera is fixed.", ["fixed"]),
-        ("The camera does not move", ["fixed"]),
-        ("The camera holds still, then tilts up", ["tilt_up"]),
-        ("A car moves forward while a balloon rises. A truck turns left.", []),
-        ("A man pulls out a knife and pushes into the crowd", []),
-        ("A dog on a beach", []),
-        ("", []),
-    ],
-)
-def test_everyday_wording(text, moves):
-    assert camera_moves(text) == moves
-
-
-def test_published_camera_prompts_are_read(shared_dir):
-    file = shared_dir / "data" / "prompts" / "vbench2_camera_motion.txt"
-    if not file.is_file():
-        pytest.skip(f"{file.name} is absent")
-    prompts = Path(file).read_text().splitlines()
-    told = {"zoom in": "dolly_in", "zoom out": "dolly_out", "static shot": "fixed", "clockwise": "orbit_left"}
-    told |= {f"{verb} {way}": f"{verb}_{way}" for verb in ("tilt", "pan") for way in OPPOSITE}
-    for prompt in prompts:
-        expected = [move for words, move in told.items() if words in prompt]
-        assert camera_moves(prompt) == expected or "dolly movement" in prompt, prompt
 
 
 @pytest.mark.parametrize("move", CAMERA_MOVES)
@@ -104,6 +54,16 @@ def test_what_cannot_be_compared_is_invalid():
     assert not single.valid.any()
     with pytest.raises(UserError, match="one prompt a clip"):
         camera_adherence(room)
+
+
+def test_a_zoom_asks_for_a_dolly_and_an_orbit_without_a_direction_for_nothing():
+    dolly = sample_batch([5], size=(16, 16), camera="dolly_in", shake="smooth", supersample=1).geometry()
+    zoom, both, orbit = (
+        camera_adherence(dolly, context=RewardContext([prompt]))
+        for prompt in ("a garden, zoom in", "the camera zooms in and dollies in", "the camera orbits around a vase")
+    )
+    assert zoom.value.item() == both.value.item() > 0.9
+    assert not orbit.valid.any()
 
 
 def test_gradcheck_also_of_a_still_camera():

@@ -5,7 +5,7 @@ ahead (median depths), how far it tilted up and panned right (radians),
 
     m = sum_i ( R_i^T (c_{i+1} - c_i) / median depth,  pitch and yaw of log(R_i^T R_{i+1}) )
 
-For the moves k that the prompt names, with unit directions e_k (`camera_words.DIRECTIONS`), c = the coefficients of m
+For the moves k that the prompt names, with unit directions e_k (`DIRECTIONS`), c = the coefficients of m
 along them (least squares) and u = |m - sum_k c_k e_k| what the prompt did not name:
 
     s_k = c_k / sqrt(c_k^2 + u^2 + still^2)          r = mean_k s_k in (-1, 1)
@@ -14,8 +14,10 @@ along them (least squares) and u = |m - sum_k c_k e_k| what the prompt did not n
 The named move alone scores near 1, its opposite near -1, standing still 0. How far the camera should go is not asked:
 prompts do not say it, and the hinge on travel keeps it going.
 
-A prompt that names no move, or moves that cannot be told apart (in and out, or an orbit beside the truck and the pan
-that it is made of), is invalid: there is nothing to compare with.
+A zoom counts as a dolly: generators draw it as one, and the two differ only in parallax.
+
+A prompt that names no move, an orbit without its direction, or moves that cannot be told apart (in and out, or an orbit
+beside the truck and the pan that it is made of), is invalid: there is nothing to compare with.
 """
 
 from __future__ import annotations
@@ -28,10 +30,27 @@ from torch import Tensor
 
 from vggrpo.errors import UserError
 from vggrpo.geometry import GeometryPrediction, safe_norm
+from vggrpo.io.camera_words import FIXED, ORBIT, camera_moves
 from vggrpo.rewards.base import Reward, RewardContext, full_precision, judged
-from vggrpo.rewards.camera_words import DIRECTIONS, FIXED, camera_moves
 from vggrpo.rewards.travel import camera_steps, safe_cameras
 
+# Move -> what the camera does, in the order (x right, y down, z forward, tilt up, pan right).
+DIRECTIONS: dict[str, tuple[float, float, float, float, float]] = {
+    "truck_left": (-1, 0, 0, 0, 0),
+    "truck_right": (1, 0, 0, 0, 0),
+    "pedestal_up": (0, -1, 0, 0, 0),
+    "pedestal_down": (0, 1, 0, 0, 0),
+    "dolly_in": (0, 0, 1, 0, 0),
+    "dolly_out": (0, 0, -1, 0, 0),
+    "tilt_up": (0, 0, 0, 1, 0),
+    "tilt_down": (0, 0, 0, -1, 0),
+    "pan_left": (0, 0, 0, 0, -1),
+    "pan_right": (0, 0, 0, 0, 1),
+    # Sideways around a point ahead, at about the median depth, and turning back to it.
+    "orbit_left": (-1, 0, 0, 0, 1),
+    "orbit_right": (1, 0, 0, 0, -1),
+}
+_ZOOMS = {"zoom_in": "dolly_in", "zoom_out": "dolly_out"}
 _DEGENERATE = 0.05  # smallest singular value of the named directions that still tells them apart
 
 
@@ -85,8 +104,11 @@ def _score(
     moves: Sequence[str], motion: Float[Tensor, " 5"], travel: Float[Tensor, ""], still: float
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """Value, named and unnamed motion of one clip; None when the prompt asks for nothing that can be checked."""
-    if list(moves) == [FIXED]:
+    moves = list(dict.fromkeys(_ZOOMS.get(move, move) for move in moves))
+    if moves == [FIXED]:
         return still / (travel.square() + still**2).sqrt(), torch.zeros_like(travel), travel
+    if ORBIT in moves:
+        return None
     directions = motion.new_tensor([DIRECTIONS[move] for move in moves]).reshape(-1, motion.numel())
     directions = directions / directions.norm(dim=1, keepdim=True).clamp_min(1e-12)  # (K, 5)
     if len(moves) == 0 or torch.linalg.svdvals(directions.double()).min() < _DEGENERATE or len(moves) > 5:

@@ -1,8 +1,8 @@
 """Prompt sets with tags: the shipped ones, those of the embedded world, and files of other benchmarks.
 
-A tag is a word in the manifest: `static` or `dynamic` (does a subject move?), `scene:NAME`, `camera:MOVE` (the moves of
-`vggrpo.world.CAMERA_MOVES`; also `zoom_in`, `zoom_out`, and `orbit` where the direction is not said),
-`dimension:NAME` (VBench). What is in which file, and how the shipped sets are balanced: see the README beside it.
+A tag is a word in the manifest: `static` or `dynamic` (does a subject move?), `scene:NAME`, `camera:MOVE` (as
+`vggrpo.io.camera_words` reads them), `dimension:NAME` (VBench). What is in which file, and how the shipped sets are
+balanced: see the README beside it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vggrpo.errors import UserError
+from vggrpo.io.camera_words import camera_moves
 from vggrpo.io.prompts import read_prompt_lines
 
 SHIPPED = ("static", "dynamic")
@@ -108,39 +109,3 @@ def _world(kind: str) -> list[BenchmarkPrompt]:
 
 def _tagged(text: str, tags: Iterable[str]) -> BenchmarkPrompt:
     return BenchmarkPrompt(text, tuple(dict.fromkeys([*tags, *(f"camera:{move}" for move in camera_moves(text))])))
-
-
-_SIDES = {"left": r"( to the)? left", "right": r"( to the)? right"}
-_MOVES = {
-    "fixed": r"\b(fixed|stays still|static shot|locked-off|movement is static)\b",
-    "dolly_in": r"\b(push(es|ing)? in|dolly in|dollies in|moves? forward)\b",
-    "dolly_out": r"\b(pull(s|ing)? (out|back)|dolly out|dollies out|moves? backward)\b",
-    "pedestal_up": r"\b(rises|pedestals? up|straight up)\b",
-    "pedestal_down": r"\b(sinks|descends|pedestals? down|straight down)\b",
-    "tilt_up": r"\b(tilts? up(ward)?|looks up)\b",
-    "tilt_down": r"\b(tilts? down(ward)?|looks down)\b",
-    "zoom_in": r"\bzooms? in\b",
-    "zoom_out": r"\bzooms? out\b",
-    "orbit": r"\b(orbits?|circles?) around\b",
-} | {
-    f"{move}_{side}": rf"\b({words}){tail}\b"
-    for side, tail in _SIDES.items()
-    for move, words in {
-        "truck": "trucks?|moves?|slides?|glides?|tracking shot",
-        "orbit": "orbits?|circles?",
-        "pan": "pans?|turns?",
-    }.items()
-}
-# Only such a sentence speaks of the camera: trains pull out of stations, and people turn left.
-_OF_CAMERA = re.compile(
-    r"\bcamera\b|\b(dolly|crane shot|tracking shot|locked-off|static shot)\b|\bslow (pan|tilt|orbit)\b"
-    r"|,\s*(zoom (in|out)|pan (left|right)|tilt (up|down))\.?$",
-    re.IGNORECASE,
-)
-
-
-def camera_moves(text: str) -> tuple[str, ...]:
-    """The camera moves that a prompt names, in their order; empty when it names none."""
-    spoken = " ".join(sentence for sentence in re.split(r"(?<=[.!?])\s+", text) if _OF_CAMERA.search(sentence)).lower()
-    found = [(match.start(), move) for move, words in _MOVES.items() for match in re.finditer(words, spoken)]
-    return tuple(dict.fromkeys(move for _, move in sorted(found)))
