@@ -15,6 +15,7 @@ from vggrpo.cli import main
 from vggrpo.commands.evaluate import Progress, spoken
 from vggrpo.errors import UserError
 from vggrpo.evaluation import EvaluationModels, evaluate_manifest
+from vggrpo.evaluation.footage import _evenly_spaced
 from vggrpo.evaluation.journal import Journal
 from vggrpo.io.manifest import ManifestRow, read_jsonl, read_manifest, write_manifest
 from vggrpo.io.video import write_video
@@ -59,14 +60,13 @@ def test_a_folder_of_strange_files_gives_a_row_each(tmp_path):
     (folder / "empty.mp4").touch()
     (folder / "text.mp4").write_text("no video")
     write_video(folder / "one frame.mp4", moving(1), 8)
-    write_raw(folder / "uneven.mp4", moving(6), [0, 40, 80, 240, 280, 320])
     os.symlink(folder / "nowhere.mp4", folder / "dangling.mp4")
     found = measured(folder, output)
-    assert len(found) == 7  # a dangling link is no file
+    assert len(found) == 6  # a dangling link is no file
     for name in ("whole.mp4", 'a "quoted" <b>ünï 視.mp4'):
         assert all(entry["valid"] for entry in found[name].values()), found[name]
     for name, words in [
-        ("truncated.mp4", "decoded"), ("empty.mp4", "decoded"), ("text.mp4", "decoded"), ("uneven.mp4", "variable"),
+        ("truncated.mp4", "decoded"), ("empty.mp4", "decoded"), ("text.mp4", "decoded"),
     ]:  # fmt: skip
         reasons = {entry["reason"] for entry in found[name].values()}
         assert len(reasons) == 1 and words in reasons.pop()
@@ -76,6 +76,42 @@ def test_a_folder_of_strange_files_gives_a_row_each(tmp_path):
     assert [row.fps for row in manifest if row.prompt == "whole"] == [8.0]
     assert all((output / row.path).is_file() and row.arm == "my videos" for row in manifest)
     assert measured(output / "manifest.jsonl", output) == found  # the manifest stands for the folder
+
+
+def test_a_variable_frame_rate_is_resampled_and_the_row_says_so(tmp_path):
+    """A clip that drops frames now and then measures as it would have with the frames that are there at its rate."""
+    whole = moving(33)
+    kept = [t for t in range(33) if t % 8 not in (3, 4)]
+    write_raw(tmp_path / "even.mp4", whole, [40 * t for t in range(33)])
+    write_raw(tmp_path / "uneven.mp4", whole[kept], [40 * t for t in kept])
+    write_raw(tmp_path / "long gap.mp4", moving(6), [0, 40, 80, 600_000, 600_040, 600_080])
+    # The wrong rate in the manifest shows whose rate counts.
+    rows = [ManifestRow(f"{name}.mp4", name, 0, fps, "x") for name, fps in
+            (("even", 25), ("uneven", 3), ("long gap", 25))]  # fmt: skip
+    found = read_jsonl(evaluate_manifest(write_manifest(tmp_path / "m.jsonl", rows), tmp_path / "out", FAST))
+    even, uneven, gap = found
+    assert "note" not in even
+    assert (
+        uneven["note"]
+        == "variable frame rate (steps of 40 to 120 ms): resampled to 25 frames a second by its time stamps"
+    )
+    for name in ("motion_flow", "ssim_change"):
+        assert uneven["metrics"][name]["value"] == pytest.approx(even["metrics"][name]["value"], rel=0.15), name
+    assert all(entry["valid"] for entry in gap["metrics"].values()) and "1.998 frames" in gap["note"]
+
+
+@pytest.mark.parametrize(
+    ("times", "kept", "rate"),
+    [
+        ([0, 1, 2, 4, 5], [0, 1, 2, 2, 3, 4], 1.0),
+        ([0.0, 0.1, 0.25, 0.3, 0.4], [0, 1, 2, 3, 4], 10.0),
+        ([7, 8, 9, 10, 14], [0, 1, 2, 3, 3, 3, 4, 4], 1.0),
+    ],
+)
+def test_the_nearest_frame_stands_for_each_tick(times, kept, rate):
+    frames = np.arange(len(times), dtype=np.uint8)[:, None, None, None] * np.ones((1, 1, 1, 3), np.uint8)
+    found, found_rate = _evenly_spaced(frames, np.array(times, dtype=float))
+    assert found[:, 0, 0, 0].tolist() == kept and found_rate == pytest.approx(rate)
 
 
 def test_alpha_is_dropped_and_no_frames_is_a_reason(tmp_path):

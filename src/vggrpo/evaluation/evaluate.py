@@ -146,20 +146,25 @@ def _merged(
 
 def _measure(job: _Job, models: EvaluationModels) -> tuple[dict[str, Any], dict[str, Any]]:
     """The metrics row and the details row of one video."""
+    note = ""
     try:
-        results = compute(load_clip(job.row, job.file), select(job.metrics), models)
+        clip = load_clip(job.row, job.file)
+        note = clip.note
+        results = compute(clip, select(job.metrics), models)
     except (UserError, MemoryError, ValueError) as error:
         # The manifest's own name for the file: rows stay the same wherever the run directory lies.
         reason = " ".join(str(error).split()).replace(str(job.file), job.row.path) or type(error).__name__
         results = {name: Measurement.invalid(reason) for name in job.metrics}
-    return _row(job, results)
+    return _row(job, results, note)
 
 
-def _row(job: _Job, results: dict[str, Measurement]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _row(job: _Job, results: dict[str, Measurement], note: str = "") -> tuple[dict[str, Any], dict[str, Any]]:
     identity: dict[str, Any] = dict(zip(("path", "prompt", "seed", "arm"), job.key, strict=True))
     row = dict(identity)
     if job.row.tags:
         row["tags"] = list(job.row.tags)
+    if note:
+        row["note"] = note
     row["metrics"] = {
         name: {"value": found.value, "unit": METRICS[name].unit, "valid": found.valid, "reason": found.reason}
         for name, found in results.items()

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vggrpo.errors import UserError
 from vggrpo.evaluation.metrics.base import Clip
@@ -60,20 +61,40 @@ def _rate_or_any(file: Path) -> float:
 def load_clip(row: ManifestRow, file: Path) -> Clip:
     """The clip of one manifest row; the manifest's frame rate is the one that counts.
 
+    Frames that are not evenly spaced in time are resampled to a constant rate, and the clip's note says so: there the
+    file's time stamps count.
+
     Raises:
-        UserError: a file that can't be read, that is too long, or whose frames are not evenly spaced in time.
+        UserError: a file that can't be read, that is too long, or whose time stamps don't run forward.
     """
     video = decode_video(file, max_frames=MOST_FRAMES + 1, most_lines=_most_lines)
     if len(video.frames) > MOST_FRAMES:
         raise UserError(f"{row.path} has more than {MOST_FRAMES} frames; cut it into shorter clips")
     steps = np.diff(video.times)
     if steps.size and np.abs(steps - np.median(steps)).max() > UNEVEN * np.median(steps):
-        raise UserError(
-            f"{row.path} has a variable frame rate (steps of {1000 * steps.min():.0f} to {1000 * steps.max():.0f} ms), "
-            "so gaps in frames are no gaps in time; re-encode it at a constant one (ffmpeg -i IN -fps_mode cfr OUT)"
-        )
+        if steps.min() < 0 or np.median(steps) <= 0:
+            raise UserError(f"the time stamps of {row.path} don't run forward; re-encode it (ffmpeg -i IN OUT)")
+        frames, rate = _evenly_spaced(video.frames, video.times)
+        note = f"variable frame rate (steps of {1000 * steps.min():.0f} to {1000 * steps.max():.0f} ms)"
+        note += f": resampled to {rate:.4g} frames a second by its time stamps"
+        return Clip(frames, rate, row.prompt, row.seed, note=note)
     truth = file.with_suffix(".npz")
     return Clip(video.frames, row.fps, row.prompt, row.seed, truth if truth.is_file() else None)
+
+
+def _evenly_spaced(frames: NDArray[np.uint8], times: NDArray[np.float64]) -> tuple[NDArray[np.uint8], float]:
+    """The frame (of T) nearest to each tick of a clock that ticks as often as the median step, and the clock's rate.
+
+    Where frames are missing, the nearest one stands for them, as a player would show it; the rate is lowered where a
+    long gap would fill the memory.
+    """
+    most = min(MOST_FRAMES, max(len(frames), MOST_BYTES // frames[0].nbytes))
+    length = float(times[-1] - times[0])
+    rate = min(1 / float(np.median(np.diff(times))), (most - 1) / length)
+    ticks = times[0] + np.arange(int(length * rate + 1e-6) + 1) / rate
+    right = np.clip(np.searchsorted(times, ticks), 1, len(times) - 1)
+    nearest = np.where(ticks - times[right - 1] <= times[right] - ticks, right - 1, right)
+    return frames[nearest], rate
 
 
 def _most_lines(frames: int, height: int, width: int) -> int | None:

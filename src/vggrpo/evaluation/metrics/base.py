@@ -35,6 +35,7 @@ class Clip:
         prompt: the text the clip was made from; empty when unknown.
         seed: the seed it was made with.
         truth: the renderer's arrays of a rendered clip (`vggrpo world sample`), where there are any.
+        note: what was done to the file's frames before they were measured; empty when nothing was.
     """
 
     frames: NDArray[np.uint8]
@@ -42,6 +43,7 @@ class Clip:
     prompt: str = ""
     seed: int = 0
     truth: Path | None = None
+    note: str = ""
 
     def __post_init__(self) -> None:
         if self.frames.ndim != 4 or self.frames.shape[-1] != 3 or self.frames.dtype != np.uint8:
