@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
 from vggrpo.cli import main
 from vggrpo.commands.compare import _run_directory
+from vggrpo.evaluation import EvaluationModels
 from vggrpo.io.manifest import write_jsonl
 
 
@@ -63,6 +65,45 @@ def test_compare_tells_tags_failures_and_missing_partners_apart(tmp_path, capsys
     assert metric["reasons"] == {failed["reason"]: [0, 1]} and metric["pairs"] == 10
     assert numbers["missing_tuned"] == [[orphan["prompt"], 1]]
     assert metric["by_tag"]["static"]["n"] == metric["by_tag"]["dynamic"]["n"] == 3
+
+
+def with_features(folder, rows: list[dict], shift: float, made_by: str) -> None:
+    """What `evaluate` leaves of an arm whose clips are of the embedded world."""
+    features = shift + np.random.default_rng(0).normal(size=(len(rows), 16))
+    details = [
+        {key: row[key] for key in ("path", "prompt", "seed", "arm")}
+        | {
+            "sources": {"adherence": made_by},
+            "raw": {"adherence": {"features": f.tolist(), "shape": [17.0, 64.0, 64.0]}},
+        }
+        for row, f in zip(rows, features, strict=True)
+    ]
+    write_jsonl(folder / "metrics.jsonl", rows)
+    write_jsonl(folder / "details.jsonl", details)
+
+
+def test_compare_takes_the_kernel_distance_of_kept_features(tmp_path, capsys, monkeypatch):
+    asked = []
+
+    def reference(count, models, *, num_frames, size):
+        asked.append((num_frames, size))
+        return np.random.default_rng(1).normal(size=(count, 16))
+
+    monkeypatch.setattr("vggrpo.evaluation.arms.reference_features", reference)
+    made_by = f"attributes: {EvaluationModels().identity('attributes')}"
+    with_features(tmp_path / "base", metric_rows("base", 0.0), 0.0, made_by)
+    with_features(tmp_path / "tuned", metric_rows("tuned", 0.1), 1.0, made_by)
+    output = tmp_path / "out"
+    arguments = ["compare", str(tmp_path / "base"), str(tmp_path / "tuned"), "--output", str(output)]
+    assert main(arguments) == 0
+    shown, kernel = capsys.readouterr().out, json.loads((output / "comparison.json").read_text())["kernel"]
+    assert "kernel_distance (MMD^2" in shown and "base against itself" in shown and asked == [(17, (64, 64))]
+    assert kernel["difference"]["mean"] > kernel["against_base_itself"]["margin"] > 0
+    assert not kernel["against_base_itself"]["holds"] and kernel["difference"]["n"] == 6
+    with_features(tmp_path / "tuned", metric_rows("tuned", 0.1), 1.0, "attributes: another")
+    assert main(arguments) == 0
+    told = capsys.readouterr()
+    assert "no kernel distance" in told.err and "--attributes" in told.err and "kernel_distance" not in told.out
 
 
 def test_compare_without_pairs_is_one_line(tmp_path, capsys):

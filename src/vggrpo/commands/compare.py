@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vggrpo.commands.arguments import START_AGAIN, Subparsers
+from vggrpo.errors import UserError
 
 if TYPE_CHECKING:
-    from vggrpo.evaluation import Comparison
+    from vggrpo.evaluation import Comparison, KernelComparison
 
 WIDE = 200  # characters
 
@@ -23,13 +25,17 @@ def add_parser(subparsers: Subparsers) -> None:
         help="paired statistics of two arms, and a report",
         description=(
             "Pair the videos of two arms by prompt and seed and compare every metric: difference with a 95 %% interval "
-            "over prompts, win rate, Holm correction, failures. Where the two lie in RUN/eval/base and RUN/eval/tuned "
+            "over prompts, win rate, Holm correction, failures; and the kernel distance of both arms to rendered clips, "
+            "where `evaluate` kept the classifier's features. Where the two lie in RUN/eval/base and RUN/eval/tuned "
             "beside their videos in RUN/base and RUN/tuned, RUN/report/index.html is written as well."
         ),
     )
     parser.add_argument("base", type=Path, help="metrics.jsonl of the base model, or its directory")
     parser.add_argument("tuned", type=Path, help="metrics.jsonl of the tuned model, or its directory")
     parser.add_argument("--output", type=Path, help="directory for comparison.json and comparison.md")
+    parser.add_argument(
+        "--attributes", metavar="DIR", help="the classifier that `evaluate` was given (default: embedded)"
+    )
     parser.set_defaults(run=run, resume=START_AGAIN)
 
 
@@ -39,6 +45,7 @@ def run(arguments: argparse.Namespace) -> None:
     from vggrpo.io.atomic import atomic_write
 
     comparison = compare_files(arguments.base, arguments.tuned)
+    comparison = replace(comparison, kernel=_kernel_distance(arguments))
     checks = verdict(comparison).checks
     _print(comparison, checks)
     if arguments.output:
@@ -49,7 +56,19 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"numbers in {atomic_write(arguments.output / 'comparison.md', text).parent}")
     run_directory = _run_directory(arguments.base, arguments.tuned)
     if run_directory is not None:
-        print(f"report in {build_report(run_directory)}")
+        print(f"report in {build_report(run_directory, kernel=comparison.kernel)}")
+
+
+def _kernel_distance(arguments: argparse.Namespace) -> KernelComparison | None:
+    """The kernel distance, or None after saying why there is none."""
+    from vggrpo.evaluation import EvaluationModels, compare_recorded_quality
+
+    models = EvaluationModels(attributes=arguments.attributes)
+    try:
+        return compare_recorded_quality(arguments.base, arguments.tuned, models)
+    except UserError as error:
+        print(f"no kernel distance: {error}", file=sys.stderr)
+        return None
 
 
 def _print(comparison: Comparison, checks: dict[str, tuple[bool | None, str]]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vggrpo.evaluation.arms import arm_features, compare_quality, reference_features
+from vggrpo.evaluation.arms import arm_features, compare_quality, compare_recorded_quality, reference_features
 from vggrpo.evaluation.compare import Comparison, MetricComparison, compare, compare_files
 from vggrpo.evaluation.evaluate import evaluate_clip, evaluate_manifest
 from vggrpo.evaluation.metrics import HEADLINE, METRICS, Clip, Measurement, Metric
@@ -29,6 +29,7 @@ __all__ = [
     "compare_files",
     "compare_kernel_distance",
     "compare_quality",
+    "compare_recorded_quality",
     "evaluate_clip",
     "evaluate_manifest",
     "kernel_distance",

@@ -1,5 +1,5 @@
-"""Numbers of a whole arm: classifier features of its clips, and the kernel distance of both arms to rendered
-footage.
+"""Numbers of a whole arm: classifier features of its clips, from the videos or from what `evaluate` kept, and the
+kernel distance of both arms to rendered footage.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from vggrpo.errors import UserError
 from vggrpo.evaluation.metrics.base import Clip
 from vggrpo.evaluation.metrics.quality import KernelComparison, compare_kernel_distance
 from vggrpo.evaluation.models import EvaluationModels, as_tensor
-from vggrpo.io.manifest import read_manifest
+from vggrpo.io.manifest import read_jsonl, read_manifest
 from vggrpo.io.video import read_video
 
 Pair = tuple[str, int]
+REFERENCE_CLIPS = 96
 REFERENCE_SEED = 7_000_000  # rendered clips that no training set and no prompt list uses
 
 
@@ -59,7 +60,7 @@ def compare_quality(
     tuned_manifest: Path | str,
     models: EvaluationModels | None = None,
     *,
-    reference: int | NDArray[np.floating] = 96,
+    reference: int | NDArray[np.floating] = REFERENCE_CLIPS,
     seed: int = 0,
 ) -> KernelComparison:
     """Kernel distance of both arms to rendered clips, over the pairs that both arms have.
@@ -85,6 +86,58 @@ def compare_quality(
         )
     base_x, tuned_x = (np.stack([arm[pair] for pair in shared]) for arm in (base, tuned))
     return compare_kernel_distance(base_x, tuned_x, reference, [prompt for prompt, _ in shared], seed=seed)
+
+
+def compare_recorded_quality(
+    base: Path | str,
+    tuned: Path | str,
+    models: EvaluationModels | None = None,
+    *,
+    reference: int = REFERENCE_CLIPS,
+    seed: int = 0,
+) -> KernelComparison:
+    """As `compare_quality`, from the features that `evaluate` kept with `adherence`: the videos aren't needed.
+
+    Args:
+        base, tuned: `metrics.jsonl` of `vggrpo evaluate`, or its directory.
+        models: carries the classifier that the features come from.
+        reference: how many clips to render, in the size and length of the base arm's first clip.
+
+    Raises:
+        UserError: when the arms share fewer than two (prompt, seed) pairs with features, or another classifier made
+            them.
+    """
+    models = models or EvaluationModels()
+    base_x, shape = _recorded(Path(base), models)
+    tuned_x, _ = _recorded(Path(tuned), models)
+    shared = [pair for pair in base_x if pair in tuned_x]
+    if len(shared) < 2:
+        raise UserError(
+            f"{len(shared)} pairs have the classifier's features in both arms, and two are needed; it knows captions "
+            "of the embedded world only, and `vggrpo evaluate` keeps them with adherence (`--fresh` for older rows)"
+        )
+    real = reference_features(reference, models, num_frames=shape[0], size=(shape[1], shape[2]))
+    arms = (np.stack([arm[pair] for pair in shared]) for arm in (base_x, tuned_x))
+    return compare_kernel_distance(*arms, real, [prompt for prompt, _ in shared], seed=seed)
+
+
+def _recorded(source: Path, models: EvaluationModels) -> tuple[dict[Pair, NDArray[np.float32]], tuple[int, int, int]]:
+    """Features (D,) by (prompt, seed), and frames, height and width of the first clip that has them."""
+    details = (source if source.is_dir() else source.parent) / "details.jsonl"
+    found: dict[Pair, NDArray[np.float32]] = {}
+    shape = (0, 0, 0)
+    for row in read_jsonl(details) if details.is_file() else []:
+        kept = row.get("raw", {}).get("adherence", {})
+        if "features" not in kept:
+            continue
+        made_by, wanted = row.get("sources", {}).get("adherence"), f"attributes: {models.identity('attributes')}"
+        if made_by != wanted:
+            raise UserError(f"the features in {details} are of {made_by}, not of {wanted}; name it with --attributes")
+        if not found:
+            frames, height, width = map(int, kept["shape"])
+            shape = (frames, height, width)
+        found[str(row["prompt"]), int(row["seed"])] = np.array(kept["features"], dtype=np.float32)
+    return found, shape
 
 
 def _first_readable(manifest: Path | str, pairs: list[Pair]) -> Path:

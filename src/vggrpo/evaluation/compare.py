@@ -14,6 +14,7 @@ import numpy as np
 
 from vggrpo.errors import UserError
 from vggrpo.evaluation.metrics import HEADLINE, METRICS
+from vggrpo.evaluation.metrics.quality import KERNEL_DISTANCE, KernelComparison
 from vggrpo.evaluation.statistics import (
     Interval,
     WinRate,
@@ -77,7 +78,7 @@ class MetricComparison:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything that EVALUATION's protocol asks for, by metric."""
+    """Everything that EVALUATION's protocol asks for, by metric; `kernel` where the arms' features were compared."""
 
     metrics: dict[str, MetricComparison]
     pairs: int
@@ -86,6 +87,7 @@ class Comparison:
     missing_base: list[Pair]
     missing_tuned: list[Pair]
     motion_ratio: float | None
+    kernel: KernelComparison | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON (infinite bounds become null)."""
@@ -132,7 +134,7 @@ class Comparison:
                 f"{metric.failures_base} / {metric.failures_tuned}",
                 str(metric.difference.n),
             ])  # fmt: skip
-        return rows
+        return rows + ([_kernel_row(self.kernel)] if self.kernel else [])
 
     def remarks(self) -> list[str]:
         """What a reader has to know beside the numbers."""
@@ -334,6 +336,13 @@ def _interval(interval: Interval) -> str:
 
 def _interval_of(interval: Interval | None) -> str:
     return "-" if interval is None else f"{_interval(interval)}, n={interval.n}"
+
+
+def _kernel_row(kernel: KernelComparison) -> list[str]:
+    """Cells of `COLUMNS` for a number that an arm has, and no single video."""
+    numbers = [_number(kernel.base), _number(kernel.tuned), _interval(kernel.difference)]
+    name = f"{KERNEL_DISTANCE} (MMD^2, lower is better)"
+    return [name, "independent", *numbers, "-", "-", "-", "-", str(kernel.difference.n)]
 
 
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -8,33 +8,41 @@ like markup stays a prompt.
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 
 from vggrpo.errors import UserError
+from vggrpo.evaluation.metrics.quality import KernelComparison
 from vggrpo.evaluation.report_data import arm_manifest, collect, read_scenes
 from vggrpo.io.atomic import atomic_write
-from vggrpo.io.video import read_video, write_video
+from vggrpo.io.video import decode_video, write_video
 
 PAGE_BUDGET = 14_500_000  # bytes of the whole page
 FIXED_PART = 5_300_000  # plotly.js (4.8 MB), the page itself and its numbers
 SCENE_BUDGET = 2_500_000  # bytes of the point clouds
-SMALL_SIDE = 240  # px, when videos have to be shrunk
-SMALL_CRF = 32
+# Short side (px) and x264 quality of videos that have to be shrunk, the first that fits; below the last one nothing of
+# the scene is left to see.
+SIZES = ((240, 30), (240, 34), (192, 36), (160, 38), (128, 40), (96, 42))
+LEAST_PART = 40_000  # bytes for the two videos of one prompt and seed
 
 
-def build_report(run_dir: Path | str, *, page_budget: int = PAGE_BUDGET) -> Path:
+def build_report(
+    run_dir: Path | str, *, kernel: KernelComparison | None = None, page_budget: int = PAGE_BUDGET
+) -> Path:
     """Write `run_dir/report/index.html` from what the run directory holds, and return its path.
 
     Args:
         run_dir: see `report_data`.
+        kernel: the arms' distances to rendered clips, where `summary.json` doesn't hold them.
         page_budget: bytes of the page; above it only the first point clouds are kept, videos are shrunk, then only the
             first ones are kept, and the page says so.
 
@@ -53,7 +61,8 @@ def build_report(run_dir: Path | str, *, page_budget: int = PAGE_BUDGET) -> Path
     video_budget = max(0, page_budget - FIXED_PART - scene_bytes) * 3 // 4  # base64 makes four bytes of three
     contents, videos_left = embed_videos(_paired_files(run_dir), video_budget)
     ids = {path: f"v{index}" for index, path in enumerate(contents)}
-    data = collect(run_dir, ids, scenes, " ".join(filter(None, (videos_left, scenes_left))) or None)
+    left_out = " ".join(filter(None, (videos_left, scenes_left))) or None
+    data = collect(run_dir, ids, scenes, left_out, kernel)
     encoded = {ids[path]: base64.b64encode(content).decode("ascii") for path, content in contents.items()}
     page = render("report", {"DATA": data, "VIDEOS": encoded})
     return atomic_write(run_dir / "report" / "index.html", page)
@@ -116,34 +125,52 @@ def _paired_files(run_dir: Path) -> list[tuple[Path, ...]]:
 
 
 def embed_videos(groups: list[tuple[Path, ...]], budget: int) -> tuple[dict[Path, bytes], str | None]:
-    """Contents to embed within `budget` bytes, and what was shrunk or left out, in words (None: nothing)."""
+    """Contents to embed within `budget` bytes, and what was shrunk or left out, in words (None: nothing).
+
+    Where all of them are too much, each group (the videos of one prompt and seed) may take an equal part of what is
+    left, and its videos are made smaller alike until they fit; a part of less than `LEAST_PART` helps nobody, so that
+    of very many groups only the first ones are kept.
+    """
     if sum(path.stat().st_size for paths in groups for path in paths) <= budget:
         return {path: path.read_bytes() for paths in groups for path in paths}, None
     kept: dict[Path, bytes] = {}
-    used, left = 0, 0
+    room, left = budget, 0
     with tempfile.TemporaryDirectory() as folder:
-        for paths in groups:
-            small = {path: _shrink(path, Path(folder)) for path in paths}
-            size = sum(map(len, small.values()))
-            if left or used + size > budget:
+        for index, paths in enumerate(groups):
+            part = min(room, max(LEAST_PART, room // (len(groups) - index)))
+            small = None if left else _fitting(paths, part, Path(folder) / "small.mp4")
+            if small is None:
                 left += 1
                 continue
-            kept |= {path: content for path, content in small.items() if content}
-            used += size
-    note = f"Videos are shown smaller than they are (short side at most {SMALL_SIDE} px) to keep this page light."
+            kept |= small
+            room -= sum(map(len, small.values()))
+    note = f"Videos are shown smaller than they are (short side at most {SIZES[0][0]} px) to keep this page light."
     if left:
         note += f" {left} of {len(groups)} pairs are listed without their videos."
     return kept, note
 
 
-def _shrink(path: Path, folder: Path) -> bytes:
-    """A smaller encoding of a video; empty for a broken file, whose row says what is wrong with it."""
-    try:
-        frames, fps = read_video(path)
-    except UserError:
-        return b""
-    side = min(frames.shape[1:3])
-    if side > SMALL_SIDE:
-        size = tuple(round(length * SMALL_SIDE / side) for length in (frames.shape[2], frames.shape[1]))
+def _fitting(paths: Sequence[Path], budget: int, scratch: Path) -> dict[Path, bytes] | None:
+    """The videos of one group in the largest of `SIZES` in which all fit, or None; broken files, whose rows say what is
+    wrong with them, are left out.
+    """
+    videos = {}
+    for path in paths:
+        with contextlib.suppress(UserError):
+            video = decode_video(path, most_lines=lambda *_: SIZES[0][0])
+            videos[path] = (video.frames, video.fps)
+    for side, crf in SIZES:
+        found = {path: _shrunk(path, *video, side, crf, scratch) for path, video in videos.items()}
+        if sum(map(len, found.values())) <= budget:
+            return found
+    return None
+
+
+def _shrunk(path: Path, frames: NDArray[np.uint8], fps: float, side: int, crf: int, scratch: Path) -> bytes:
+    """The video with a short side of at most `side` pixels, or the file itself where that is lighter."""
+    height, width = frames.shape[1:3]
+    if min(height, width) > side:
+        size = tuple(round(length * side / min(height, width)) for length in (width, height))
         frames = np.stack([cv2.resize(frame, size, interpolation=cv2.INTER_AREA) for frame in frames])
-    return min(write_video(folder / "small.mp4", frames, fps, crf=SMALL_CRF).read_bytes(), path.read_bytes(), key=len)
+    encoded = write_video(scratch, frames, fps, crf=crf).read_bytes()
+    return encoded if len(encoded) < path.stat().st_size else path.read_bytes()

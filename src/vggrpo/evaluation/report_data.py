@@ -18,8 +18,9 @@ from typing import Any
 from vggrpo.errors import UserError
 from vggrpo.evaluation.compare import Comparison, MetricComparison, compare
 from vggrpo.evaluation.metrics import HEADLINE, METRICS
+from vggrpo.evaluation.metrics.quality import KERNEL_DISTANCE, KernelComparison
 from vggrpo.evaluation.statistics import Interval
-from vggrpo.evaluation.summary import KERNEL_DISTANCE, verdict
+from vggrpo.evaluation.summary import kernel_entry, verdict
 from vggrpo.io.manifest import ManifestRow, read_jsonl, read_manifest
 
 PACKAGES = (
@@ -44,7 +45,11 @@ ABOUT_OTHERS = {
 
 
 def collect(
-    run_dir: Path, videos: Mapping[Path, str], scenes: Sequence[Mapping[str, Any]], left_out: str | None
+    run_dir: Path,
+    videos: Mapping[Path, str],
+    scenes: Sequence[Mapping[str, Any]],
+    left_out: str | None,
+    kernel: KernelComparison | None = None,
 ) -> dict[str, Any]:
     """All that the page shows, as JSON data.
 
@@ -52,10 +57,13 @@ def collect(
         videos: id of each embedded file.
         scenes: see `read_scenes`.
         left_out: what had to be left out or shrunk to keep the page small, in words.
+        kernel: the arms' distances to rendered clips, where they aren't in `summary.json`.
     """
     base_rows, tuned_rows = (read_jsonl(run_dir / "eval" / arm / "metrics.jsonl") for arm in ("base", "tuned"))
     comparison = compare(base_rows, tuned_rows)
     summary = read_json(run_dir / "summary.json") or {}
+    if kernel is not None:
+        summary["metrics"] = (summary.get("metrics") or {}) | {KERNEL_DISTANCE: kernel_entry(kernel)}
     prompts = list(dict.fromkeys(str(row["prompt"]) for row in [*base_rows, *tuned_rows]))
     number = {prompt: index for index, prompt in enumerate(prompts)}
     return {

@@ -10,13 +10,12 @@ import numpy as np
 
 from vggrpo.evaluation.compare import Comparison, compare
 from vggrpo.evaluation.metrics import HEADLINE
-from vggrpo.evaluation.metrics.quality import KernelComparison
+from vggrpo.evaluation.metrics.quality import KERNEL_DISTANCE, KernelComparison
 from vggrpo.evaluation.statistics import Interval, non_inferiority
 
 ADHERENCE_MARGIN = 0.05  # 5 points
 MOTION_RANGE = (0.8, 1.25)
 FEWEST_PROMPTS, FEWEST_SEEDS = 96, 2
-KERNEL_DISTANCE = "kernel_distance"
 
 
 @dataclass(frozen=True)
@@ -55,11 +54,16 @@ def summarise_comparison(comparison: Comparison, kernel: KernelComparison | None
         for metric in comparison.metrics.values()
     }  # fmt: skip
     if kernel is not None:
-        out[KERNEL_DISTANCE] = _entry(kernel.base, kernel.tuned, kernel.difference, False, "independent") | {
-            "unit": "MMD^2", "role": "score", "p_holm": None,
-            "non_inferior": kernel.against_base_itself.holds, "margin": kernel.against_base_itself.margin,
-        }  # fmt: skip
+        out[KERNEL_DISTANCE] = kernel_entry(kernel)
     return out
+
+
+def kernel_entry(kernel: KernelComparison) -> dict[str, Any]:
+    """The kernel distance as `summarise` gives the metrics of videos, with its margin of non-inferiority."""
+    return _entry(kernel.base, kernel.tuned, kernel.difference, False, "independent") | {
+        "unit": "MMD^2", "role": "score", "p_holm": None,
+        "non_inferior": kernel.against_base_itself.holds, "margin": kernel.against_base_itself.margin,
+    }  # fmt: skip
 
 
 def verdict(comparison: Comparison, kernel: KernelComparison | None = None) -> Verdict:
@@ -84,6 +88,7 @@ def verdict(comparison: Comparison, kernel: KernelComparison | None = None) -> V
     else:
         result = non_inferiority(adherence.difference, ADHERENCE_MARGIN, higher_is_better=True)
         checks["adherence"] = (result.holds, f"loses at most {result.worst:.3f}; margin {ADHERENCE_MARGIN}")
+    kernel = kernel or comparison.kernel
     if kernel is None:
         checks["quality"] = (None, "not measured")
     else:

@@ -3,6 +3,9 @@
 The classifier saw rendered clips only, and knows objects, colours, camera move and motion of the embedded world's
 captions; a prompt that isn't such a caption has no attributes to check and the clip is invalid, not zero. It is blind
 to geometry, which is why it stands beside the geometric metrics.
+
+The classifier's features and the clip's frames, height and width are kept among the details: `compare` takes the kernel
+distance of both arms to rendered clips from them (`vggrpo.evaluation.arms`).
 """
 
 from __future__ import annotations
@@ -31,4 +34,6 @@ def adherence(clip: Clip, models: EvaluationModels) -> dict[str, Measurement]:
         }
     video = as_tensor(clip).transpose(1, 2).to(models.device)  # (1, 3, T, H, W)
     with torch.inference_mode():
-        return {"adherence": Measurement.of(float(models.attributes.adherence(video, [attributes])[0]))}
+        value = float(models.attributes.adherence(video, [attributes])[0])
+        features = [float(f"{number:.5g}") for number in models.attributes.features(video)[0].tolist()]
+    return {"adherence": Measurement.of(value, features=features, shape=[float(n) for n in clip.frames.shape[:3]])}

@@ -24,6 +24,7 @@ from vggrpo.errors import UserError
 from vggrpo.evaluation.statistics import RESAMPLES, Interval, NonInferiority, non_inferiority
 
 Features = NDArray[Any]  # floating, (N, D)
+KERNEL_DISTANCE = "kernel_distance"  # its name beside those of the per-video metrics
 
 
 @dataclass(frozen=True)
