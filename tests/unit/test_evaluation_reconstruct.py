@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from headless_chromium import chromium_path, headless_page
+from headless_chromium import headless_page, why_not
 
 from vggrpo.cli import main
 from vggrpo.errors import UserError
@@ -100,12 +100,12 @@ def test_a_network_of_other_patches_sees_a_size_that_it_can_divide(tmp_path, mon
     assert seen.index == [0, 4] and clip.source_size == (46, 100)
 
 
-@pytest.mark.skipif(chromium_path() is None, reason="no Chromium on this machine")
+@pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 def test_the_page_draws_and_runs_nothing_from_a_file_name(batch, tmp_path, monkeypatch):
     monkeypatch.setattr(reconstruct, "load_geometry_model", lambda source: TrueModel(batch))
     video = write_video(tmp_path / "<img src=x onerror=hacked=1>.mp4", batch.video[0], 8)
     found = reconstruct_video(video, tmp_path / "out", model="true")
-    with headless_page(tmp_path / "profile") as page:
+    with headless_page() as page:
         page.open(found.page, 380, 800, dark=True)
         page.until("document.querySelector('#scene-box canvas') !== null")
         assert page.js("document.documentElement.scrollWidth") <= 380

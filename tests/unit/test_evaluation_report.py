@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from headless_chromium import Page, chromium_path, headless_page
+from headless_chromium import Page, headless_page, why_not
 
 from vggrpo.errors import UserError
 from vggrpo.evaluation import build_report, compare, compare_kernel_distance, evaluate_manifest, summarise
@@ -136,17 +136,19 @@ def test_report_is_one_file_and_needs_an_evaluation(run_dir: Path, tmp_path_fact
         build_report(tmp_path_factory.mktemp("empty"))
 
 
-@pytest.mark.skipif(chromium_path() is None, reason="no Chromium on this machine")
+@pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 @pytest.mark.parametrize("width", [380, 1280])
-def test_report_in_a_browser(run_dir: Path, tmp_path_factory: pytest.TempPathFactory, width: int) -> None:
-    with headless_page(tmp_path_factory.mktemp("profile")) as page:
+def test_report_in_a_browser(run_dir: Path, width: int) -> None:
+    with headless_page() as page:
         page.open(build_report(run_dir), width, 900, dark=width > 600)
         assert page.js("document.documentElement.scrollWidth") <= width
         page.js("document.getElementById('videos-section').scrollIntoView({behavior: 'instant'})")
         page.until("[...document.querySelectorAll('video')].some(video => video.currentTime > 0.1)")
         order = "[...document.querySelectorAll('#video-cards .card')].map(card => card.id).join()"
         worst = page.js(order)
-        page.js("s = document.getElementById('sort-order'); s.value = 'best'; s.dispatchEvent(new Event('change'))")
+        page.js(
+            "const s = document.getElementById('sort-order'); s.value = 'best'; s.dispatchEvent(new Event('change'))"
+        )
         assert page.js(order) != worst
         if width > 600:
             hover_over_a_prompt(page)
@@ -162,11 +164,11 @@ def hover_over_a_prompt(page: Page) -> None:
     page.until("document.querySelector('#pair-plots .points path') !== null")
     box = "document.querySelector('#pair-plots .points path').getBoundingClientRect()"
     x, y = page.js(f"(b => [b.x + b.width / 2, b.y + b.height / 2])({box})")
-    page.call("Input.dispatchMouseEvent", type="mouseMoved", x=x - 3, y=y)
-    page.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+    page.hover(x - 3, y)
+    page.hover(x, y)
     page.until("!document.getElementById('preview').hidden")
     page.until("[...document.querySelectorAll('#preview video')].length > 0")
-    page.call("Input.dispatchMouseEvent", type="mouseMoved", x=2, y=300)
+    page.hover(2, 300)
     page.until("document.getElementById('preview').hidden")
 
 
@@ -175,14 +177,14 @@ def turn_the_scene(page: Page) -> None:
     page.until("document.querySelector('.plot3d').layout?.scene !== undefined")
     before = page.js(eye)
     page.js("document.querySelector('.plot3d').focus()")
-    for kind in ("keyDown", "keyUp"):
-        page.call("Input.dispatchKeyEvent", type=kind, key="ArrowLeft", code="ArrowLeft", windowsVirtualKeyCode=37)
+    page.press("ArrowLeft")
     page.until(f"{eye} !== {json.dumps(before)}")
     both = "['scene', 'scene2'].map(k => JSON.stringify(document.querySelector('.plot3d').layout[k].camera.eye))"
     first, second = page.js(both)
     assert first == second
     points = "document.querySelector('.plot3d').data[1].x"
     page.js(
-        "t = document.querySelector('#scene-box input[type=range]'); t.value = '1'; t.dispatchEvent(new Event('input'))"
+        "const t = document.querySelector('#scene-box input[type=range]'); "
+        "t.value = '1'; t.dispatchEvent(new Event('input'))"
     )
     page.until(f"{points}.length > 0 && document.querySelector('#scene-box output').textContent === 'frame 1'")
