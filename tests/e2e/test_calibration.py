@@ -1,4 +1,4 @@
-"""Calibration on rendered clips with known truth: the ranking that each metric gives."""
+"""Calibration on clips with known truth, rendered ones and real footage: the ranking that each metric gives."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from vggrpo.evaluation import Clip, evaluate_clip
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
-from calibration_clips import Frames, rendered, spoilt
+from calibration_clips import PARALLAX, REAL, SECONDS, Frames, another, footage, rendered, spoilt
 
 pytestmark = pytest.mark.e2e
 
@@ -26,8 +26,7 @@ def measure(clips: list[tuple[Frames, float]], names: list[str]) -> Table:
     """Values by metric and by how the clip was spoilt, one a clip."""
     table: Table = {}
     for index, (frames, fps) in enumerate(clips):
-        other = clips[(index + 1) % len(clips)][0]
-        other = np.concatenate([other, other[::-1], other])[: len(frames)]
+        other = another([clip for clip, _ in clips], index)
         for kind, clip in spoilt(frames, other, fps).items():
             for name, found in evaluate_clip(Clip(clip, fps), names).items():
                 table.setdefault(name, {}).setdefault(kind, []).append(found.value)
@@ -65,3 +64,45 @@ def check_rankings(table: Table) -> None:
 def test_rankings_on_rendered_clips():
     clips = [(clip, 8.0) for clip in [*rendered([1, 2], "truck_right"), *rendered([3], "orbit_left")]]
     check_rankings(measure(clips, NAMES))
+
+
+def test_rankings_on_real_footage(shared_dir):
+    """Three cameras that move: a slow zoom over a flat scene, a fast pan after a dog, a dolly through a room."""
+    videos = shared_dir / "data" / "videos"
+    absent = [name for name, _ in REAL if not (videos / name).is_file()]
+    if absent:
+        pytest.skip(f"real footage is absent: {', '.join(absent)}")
+    check_rankings(measure([footage(videos / name, start, SECONDS) for name, start in REAL], NAMES))
+
+
+def check_sfm(table: Table) -> None:
+    """What has to hold of structure from motion where the camera sees parallax."""
+    score = {name: {kind: mean(v) for kind, v in by.items() if None not in v} for name, by in table.items()}
+    registered, tracks, error = (score[f"sfm_{name}"] for name in ("registered", "track_length", "reprojection"))
+    assert error["correct"] < error["wobble 1 px"] < error["wobble 4 px"], error
+    assert tracks["correct"] > tracks["wobble 1 px"] > tracks["wobble 4 px"], tracks
+    assert error["correct"] < error["hard cut"] and registered["correct"] > registered["hard cut"] + 0.2
+    # A shaking hand costs a few matches and no consistency.
+    assert registered["hand-held"] > 0.9 * registered["correct"], registered
+    assert error["hand-held"] < (error["correct"] + error["wobble 1 px"]) / 2, error
+    for kind in ("still + noise", "frozen"):
+        assert set(table["sfm_registered"][kind]) == {None}, kind
+
+
+SFM = ["sfm_registered", "sfm_track_length", "sfm_reprojection"]
+
+
+def test_structure_from_motion_ranks_rendered_clips():
+    pytest.importorskip("pycolmap", reason="pycolmap (extra sfm) is not installed")
+    clips = [(clip, 8.0) for clip in [*rendered([1, 2], "truck_right"), *rendered([3], "orbit_left")]]
+    check_sfm(measure(clips, SFM))
+
+
+def test_structure_from_motion_ranks_real_footage(shared_dir):
+    """Of the clips with parallax: a zoom over a flat scene has nothing to reconstruct until wobble makes some."""
+    pytest.importorskip("pycolmap", reason="pycolmap (extra sfm) is not installed")
+    videos = shared_dir / "data" / "videos"
+    absent = [name for name, _ in PARALLAX if not (videos / name).is_file()]
+    if absent:
+        pytest.skip(f"real footage is absent: {', '.join(absent)}")
+    check_sfm(measure([footage(videos / name, start, SECONDS) for name, start in PARALLAX], SFM))

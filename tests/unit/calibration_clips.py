@@ -9,6 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 Frames = NDArray[np.uint8]
+# Stretches of real footage where the camera moves: file, first second.
+REAL = (("nasa_13013.mp4", 8.2), ("dog-example.mp4", 2.0), ("cosmos-example.mp4", 1.0))
+PARALLAX = REAL[1:]  # the first one zooms over a flat scene
+SECONDS = 2.0
 
 
 def rendered(seeds: list[int], camera: str = "truck_right", size: int = 64, shake: str = "smooth") -> list[Frames]:
@@ -95,6 +99,13 @@ def footage(file: Path, start: float, seconds: float, lines: int = 256) -> tuple
     first = decode_video(file, 1).fps
     video = decode_video(file, max_frames=round((start + seconds) * first) + 1, most_lines=lambda *_: lines)
     return video.frames[round(start * video.fps) :], video.fps
+
+
+def another(clips: list[Frames], index: int) -> Frames:
+    """The clip after `index`, as long as that one, to cut to: it runs back and forth where it is too short."""
+    other, length = clips[(index + 1) % len(clips)], len(clips[index])
+    there_and_back = np.concatenate([other, other[::-1]])
+    return np.concatenate([there_and_back] * (length // len(there_and_back) + 1))[:length]
 
 
 def spoilt(frames: Frames, other: Frames, fps: float) -> dict[str, Frames]:

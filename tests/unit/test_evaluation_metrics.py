@@ -16,6 +16,7 @@ from vggrpo.evaluation.metrics import compute, select
 from vggrpo.evaluation.metrics.base import frame_pairs
 from vggrpo.evaluation.metrics.epipolar import WORST_ERROR
 from vggrpo.evaluation.metrics.motion import structural_similarity
+from vggrpo.evaluation.metrics.pose import relative_pose
 from vggrpo.evaluation.metrics.two_view import fit_fundamental, sampson_distance
 from vggrpo.geometry import GeometryPrediction
 
@@ -52,6 +53,23 @@ def test_fundamental_matrix_survives_outliers_and_repeats_exactly() -> None:
     assert found is not None
     assert np.median(sampson_distance(found, first, second)[60:]) < 0.1  # px
     np.testing.assert_array_equal(found, fit_fundamental(first, second, seed=3))
+
+
+def test_known_intrinsics_give_the_pose_of_noisy_matches_with_outliers() -> None:
+    rng = np.random.default_rng(1)
+    points = np.column_stack([rng.uniform(-2, 2, (120, 2)), rng.uniform(3, 8, 120)])
+    angle, move = 0.05, np.array([0.3, -0.1, 0.05])
+    turn = np.array([[np.cos(angle), 0, np.sin(angle)], [0, 1, 0], [-np.sin(angle), 0, np.cos(angle)]])
+    intrinsics = np.array([[200.0, 0, 127.5], [0, 200.0, 127.5], [0, 0, 1]])
+    first, second = ((p / p[:, 2:] @ intrinsics.T)[:, :2] for p in (points, points @ turn.T + move))
+    second += rng.normal(0, 0.05, second.shape)
+    second[:30] += rng.uniform(-30, 30, (30, 2))
+    found = relative_pose(first, second, intrinsics)
+    assert found is not None
+    rotation, translation = found
+    assert np.degrees(np.arccos((np.trace(rotation @ turn.T) - 1) / 2)) < 0.2
+    assert translation @ move / np.linalg.norm(move) > 0.995
+    assert relative_pose(first[:5], second[:5], intrinsics) is None
 
 
 def test_frame_pairs_are_gaps_in_time() -> None:
@@ -222,8 +240,12 @@ def test_adherence_needs_a_caption_it_can_read(correct: list[Frames]) -> None:
             assert video.shape == (1, 3, 17, 64, 64) and video.max() <= 1
             return torch.tensor([0.75])
 
+        def features(self, video: torch.Tensor) -> torch.Tensor:
+            return torch.tensor([[1 / 3, 2.0]])
+
     models = EvaluationModels(attributes=Classifier())
     prompt = sample_prompts(1, 0)[0]
-    assert evaluate_clip(Clip(correct[0], 8, prompt), ["adherence"], models)["adherence"].value == 0.75
+    found = evaluate_clip(Clip(correct[0], 8, prompt), ["adherence"], models)["adherence"]
+    assert found.value == 0.75 and found.raw == {"features": [0.33333, 2.0], "shape": [17, 64, 64]}
     other = evaluate_clip(Clip(correct[0], 8, "a cat on a skateboard"), ["adherence"], models)["adherence"]
     assert not other.valid and "not a caption" in str(other.reason)

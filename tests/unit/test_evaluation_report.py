@@ -13,11 +13,11 @@ from headless_chromium import Page, headless_page, why_not
 
 from vggrpo.errors import UserError
 from vggrpo.evaluation import build_report, compare, compare_kernel_distance, evaluate_manifest, summarise
-from vggrpo.evaluation.report import FIXED_PART
+from vggrpo.evaluation.report import FIXED_PART, embed_videos
 from vggrpo.evaluation.scenes import STATIC, scene_of, write_scenes
 from vggrpo.geometry import GeometryPrediction
 from vggrpo.io.manifest import ManifestRow, read_jsonl, write_manifest
-from vggrpo.io.video import write_video
+from vggrpo.io.video import read_video, write_video
 
 EVIL = "</script><script>window.hacked=1</script><img src=x onerror='window.hacked=2'> ünï 漢字 %%DATA%%"
 NAMES = ["motion_flow", "sharpness"]
@@ -134,6 +134,22 @@ def test_report_is_one_file_and_needs_an_evaluation(run_dir: Path, tmp_path_fact
         build_report(run_dir)
     with pytest.raises(UserError, match="vggrpo evaluate"):
         build_report(tmp_path_factory.mktemp("empty"))
+
+
+def test_both_videos_of_a_pair_are_made_smaller_alike_until_they_fit(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    noise = write_video(tmp_path / "noise.mp4", rng.integers(0, 255, (9, 256, 320, 3), dtype=np.uint8), 8)
+    plain = write_video(tmp_path / "plain.mp4", np.full((9, 256, 320, 3), 90, np.uint8), 8)
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    whole, note = embed_videos([(noise, plain)], 10_000_000)
+    assert note is None and whole == {path: path.read_bytes() for path in (noise, plain)}
+    small, note = embed_videos([(noise, plain), (tmp_path / "broken.mp4",)], 120_000)
+    assert note is not None and "without their videos" not in note
+    assert set(small) == {noise, plain} and sum(map(len, small.values())) <= 120_000
+    (tmp_path / "small.mp4").write_bytes(small[noise])
+    frames, fps = read_video(tmp_path / "small.mp4")
+    assert len(frames) == 9 and fps == 8 and 96 <= frames.shape[1] < 240
+    assert frames.shape[2] / frames.shape[1] == pytest.approx(320 / 256, rel=0.02)
 
 
 @pytest.mark.skipif(why_not() is not None, reason=str(why_not()))

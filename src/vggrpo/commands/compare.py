@@ -25,9 +25,9 @@ def add_parser(subparsers: Subparsers) -> None:
         help="paired statistics of two arms, and a report",
         description=(
             "Pair the videos of two arms by prompt and seed and compare every metric: difference with a 95 %% interval "
-            "over prompts, win rate, Holm correction, failures; and the kernel distance of both arms to rendered clips, "
-            "where `evaluate` kept the classifier's features. Where the two lie in RUN/eval/base and RUN/eval/tuned "
-            "beside their videos in RUN/base and RUN/tuned, RUN/report/index.html is written as well."
+            "over prompts, win rate, Holm correction, failures; and the kernel distance of both arms to rendered "
+            "clips, where `evaluate` kept the classifier's features. Where the two lie in RUN/eval/base and "
+            "RUN/eval/tuned beside their videos in RUN/base and RUN/tuned, RUN/report/index.html is written as well."
         ),
     )
     parser.add_argument("base", type=Path, help="metrics.jsonl of the base model, or its directory")

@@ -117,8 +117,8 @@ def compare_recorded_quality(
             "of the embedded world only, and `vggrpo evaluate` keeps them with adherence (`--fresh` for older rows)"
         )
     real = reference_features(reference, models, num_frames=shape[0], size=(shape[1], shape[2]))
-    arms = (np.stack([arm[pair] for pair in shared]) for arm in (base_x, tuned_x))
-    return compare_kernel_distance(*arms, real, [prompt for prompt, _ in shared], seed=seed)
+    x, y = (np.stack([arm[pair] for pair in shared]) for arm in (base_x, tuned_x))
+    return compare_kernel_distance(x, y, real, [prompt for prompt, _ in shared], seed=seed)
 
 
 def _recorded(source: Path, models: EvaluationModels) -> tuple[dict[Pair, NDArray[np.float32]], tuple[int, int, int]]:

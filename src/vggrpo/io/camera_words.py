@@ -43,7 +43,8 @@ _DOLLY, _ZOOM = _verb(r"doll(?:y|ies|ying)"), _verb(r"zooms?", r"zooming")
 _PUSH = _verb(r"push(?:es|ing)?", r"pull(?:s|ing)?")
 _TRUCK, _PEDESTAL = _verb(r"trucks?", r"trucking"), _verb(r"pedestals?", r"pedestalling", r"booms?", r"cranes?")
 _GOES = _verb(r"(?:tracking|crane) shot", r"moves?", r"moving", r"glides?", r"gliding", r"slides?", r"sliding",
-              r"travels?", r"travelling", r"tracks?", r"tracking", r"drifts?", r"drifting", r"advances?", r"flies", r"flying")  # fmt: skip
+              r"travels?", r"travelling", r"tracks?", r"tracking", r"drifts?", r"drifting", r"advances?", r"flies",
+              r"flying")  # fmt: skip
 _TURNS = _verb(r"turns?", r"turning", r"rotates?", r"rotating", r"swivels?", r"looks?", r"looking")
 
 # Words of the trade: they mean the camera wherever they stand.

@@ -1,0 +1,60 @@
+"""What the two-view geometry of `epipolar` says about the camera, against the renderer's truth."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from vggrpo.evaluation.metrics.features import Sift
+from vggrpo.evaluation.metrics.pose import relative_pose
+from vggrpo.world.render import SceneTensors, camera_rays, cast, shade
+from vggrpo.world.scene import sample_scene
+
+pytestmark = pytest.mark.e2e
+
+SIZE, RAYS = (256, 256), 2  # pixels; rays a pixel and axis, as for every clip of the world
+FRAMES = [4, 8, 12]  # of 17: pairs half a second and a second apart, where the camera is on its way
+SEEDS = range(900_000, 900_030)
+BASELINE = 0.05  # median depths
+
+
+@torch.inference_mode()
+def pairs(seed: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+    """Matched positions, intrinsics and true rotation of the frame pairs of one clip that have enough baseline."""
+    scene = SceneTensors.stack([sample_scene(seed, num_frames=17, shake="mixed", camera=None, split=None)])
+    scene = replace(scene, cam2room=scene.cam2room[:, FRAMES], pose=scene.pose[:, :, FRAMES])
+    depth = float(cast(scene, *camera_rays(scene, (64, 64))).depth.median())
+    cameras = scene.cam2room[0].double().numpy()
+    wide = [(i, j) for i, j in ((0, 1), (1, 2), (0, 2))
+            if np.linalg.norm(cameras[i, :3, 3] - cameras[j, :3, 3]) >= BASELINE * depth]  # fmt: skip
+    if not wide:
+        return []
+    steps = [(i + 0.5) / RAYS for i in range(RAYS)]
+    colour = sum(shade(scene, cast(scene, *camera_rays(scene, SIZE, (x, y)))) for x in steps for y in steps)
+    frames = (colour / RAYS**2 * 255).round().clamp(0, 255).byte().view(len(FRAMES), *SIZE, 3).numpy()
+    sift = Sift()
+    features = [sift.detect(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)) for frame in frames]
+    focal = float(scene.focal[0]) * SIZE[1]
+    intrinsics = np.array([[focal, 0, SIZE[1] / 2 - 0.5], [0, focal, SIZE[0] / 2 - 0.5], [0, 0, 1]])
+    return [
+        (*sift.match(features[i], features[j]), intrinsics, (np.linalg.inv(cameras[j]) @ cameras[i])[:3, :3])
+        for i, j in wide
+    ]
+
+
+def test_rotations_are_within_half_a_degree_on_four_pairs_of_five():
+    errors = []
+    for first, second, intrinsics, rotation in (pair for seed in SEEDS for pair in pairs(seed)):
+        found = relative_pose(first, second, intrinsics)
+        turn = np.eye(3) if found is None else found[0] @ rotation.T
+        errors.append(
+            180.0 if found is None else float(np.degrees(np.arccos(np.clip((np.trace(turn) - 1) / 2, -1, 1))))
+        )
+    assert len(errors) >= 40
+    share = np.mean(np.array(errors) < 0.5)
+    print(f"{share:.0%} of {len(errors)} pairs, median {np.median(errors):.2f} degrees")
+    assert share >= 0.8
