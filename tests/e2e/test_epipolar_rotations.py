@@ -18,7 +18,7 @@ pytestmark = pytest.mark.e2e
 
 SIZE, RAYS = (256, 256), 2  # pixels; rays a pixel and axis, as for every clip of the world
 FRAMES = [4, 8, 12]  # of 17: pairs half a second and a second apart, where the camera is on its way
-SEEDS = range(900_000, 900_030)
+SEEDS = range(900_000, 900_060)
 BASELINE = 0.05  # median depths
 
 
@@ -54,7 +54,7 @@ def test_rotations_are_within_half_a_degree_on_four_pairs_of_five():
         errors.append(
             180.0 if found is None else float(np.degrees(np.arccos(np.clip((np.trace(turn) - 1) / 2, -1, 1))))
         )
-    assert len(errors) >= 40
+    assert len(errors) >= 80
     share = np.mean(np.array(errors) < 0.5)
     print(f"{share:.0%} of {len(errors)} pairs, median {np.median(errors):.2f} degrees")
     assert share >= 0.8

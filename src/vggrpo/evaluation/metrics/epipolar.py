@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vggrpo.evaluation.metrics.base import Clip, Measurement, frame_pairs
-from vggrpo.evaluation.metrics.features import LONGEST, SHORTEST, Matcher, Sift
+from vggrpo.evaluation.metrics.features import LONGEST, SHORTEST, STILL, Matcher, Sift, still_below
 from vggrpo.evaluation.metrics.two_view import (
     FREE_FUNDAMENTAL,
     FREE_HOMOGRAPHY,
@@ -47,7 +47,6 @@ GAPS = (0.5, 1.0)  # seconds
 STEP = 0.5  # seconds between the starts of pairs
 MOST_PAIRS = 16  # for each gap, so that cost doesn't grow with length
 FEWEST_MATCHES = 12
-STILL = 1.0  # px of the working frame; below this median displacement there is no motion to explain
 MOVING_SHARE = 0.25  # of pairs; with fewer, what moves is a stray match of sensor noise
 WORST_ERROR = 0.02  # diagonals; cap for failed and hopeless pairs
 NAMES = (
@@ -76,13 +75,17 @@ class PairFit:
         return not self.still and self.inliers is None
 
 
-def fit_pair(first: NDArray[np.float64], second: NDArray[np.float64], diagonal: float, seed: int = 0) -> PairFit:
-    """Judges the matches of one frame pair. Positions (N, 2) and `diagonal` in pixels of the working frame."""
+def fit_pair(
+    first: NDArray[np.float64], second: NDArray[np.float64], diagonal: float, seed: int = 0, *, still: float = STILL
+) -> PairFit:
+    """Judges the matches of one frame pair. Positions (N, 2), `diagonal` and `still` in pixels of the working frame;
+    with a median displacement below `still` there is no motion to explain.
+    """
     count = len(first)
     displacement = float(np.median(np.linalg.norm(second - first, axis=1))) if count else 0.0
     if count < FEWEST_MATCHES:
         return PairFit(count, displacement / diagonal)
-    if displacement < STILL:
+    if displacement < still:
         return PairFit(count, displacement / diagonal, still=True)
     fundamental = fit_fundamental(first, second, seed)
     if fundamental is None:
@@ -120,7 +123,10 @@ def measure(clip: Clip, matcher: Matcher, *, seed: int = 0) -> dict[str, Measure
     frames = {index: clip.grey_at(index, SHORTEST, LONGEST) for index in sorted({i for pair in pairs for i in pair})}
     diagonal = float(np.hypot(*next(iter(frames.values())).shape))
     features = {index: matcher.detect(frame) for index, frame in frames.items()}
-    return summarise_pairs([fit_pair(*matcher.match(features[i], features[j]), diagonal, seed) for i, j in pairs])
+    still = still_below(min(clip.frames.shape[1:3]))
+    return summarise_pairs(
+        [fit_pair(*matcher.match(features[i], features[j]), diagonal, seed, still=still) for i, j in pairs]
+    )
 
 
 def summarise_pairs(fits: list[PairFit]) -> dict[str, Measurement]:
@@ -135,7 +141,7 @@ def summarise_pairs(fits: list[PairFit]) -> dict[str, Measurement]:
         "epipolar_failed_pairs": Measurement.of(float(np.mean(failed)), pairs=failed),
     }
     if len(moving) < MOVING_SHARE * len(fits):
-        reason = "hardly a frame pair moves by a pixel of the working frame; a still clip has no epipolar geometry"
+        reason = "hardly a frame pair moves by more than noise does; a still clip has no epipolar geometry"
         return out | {name: Measurement.invalid(reason) for name in NAMES if name not in out}
     inliers = [0.0 if fit.inliers is None else fit.inliers for fit in moving]
     errors = [WORST_ERROR if fit.error is None else fit.error for fit in moving]

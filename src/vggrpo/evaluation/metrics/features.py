@@ -15,8 +15,17 @@ from numpy.typing import NDArray
 SHORTEST, LONGEST = 256, 480  # short side of the working frame, px
 MOST_FEATURES = 2000
 RATIO = 0.8
+STILL, STILL_OF_CLIP = 1.0, 0.5  # px of the working frame, and of the clip itself where that is enlarged
 
 Matches = tuple[NDArray[np.float64], NDArray[np.float64]]
+
+
+def still_below(lines: int) -> float:
+    """Median displacement in pixels of the working frame under which a clip with a short side of `lines` px is still.
+
+    What noise moves in a clip of 64 lines it moves four times as far in the frame that it is enlarged to.
+    """
+    return max(STILL, STILL_OF_CLIP * SHORTEST / lines)
 
 
 class Matcher(Protocol):

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 from vggrpo.evaluation.metrics.base import Clip, Measurement
 from vggrpo.evaluation.metrics.camera import path_numbers
-from vggrpo.evaluation.metrics.features import LONGEST, SHORTEST, Sift
+from vggrpo.evaluation.metrics.features import LONGEST, SHORTEST, Sift, still_below
 from vggrpo.evaluation.metrics.two_view import fit_fundamental, fit_homography, sampson_distance, transfer_distance
 
 if TYPE_CHECKING:
@@ -43,7 +43,6 @@ FARTHEST = 8  # frames that are matched with each other lie at most so many apar
 FEWEST_FEATURES = 40  # a median frame with fewer has no texture
 FEWEST_MATCHES = 15
 FEWEST_FRAMES = 3  # of a point that says something: two frames agree on any point of an epipolar line
-STILL = 1.0  # px of the working frame
 FLAT = 0.83  # homography inliers over epipolar inliers, mean over pairs; above it there is no parallax
 ROTATION = 1.03  # largest over smallest singular value of a homography that is taken for a rotation
 MAX_ERROR = 2.0  # px of the working frame; what is farther off is no observation of a point
@@ -81,7 +80,7 @@ def sfm(clip: Clip, models: EvaluationModels | None = None, *, seed: int = 0) ->
     if len(indices) < 3:
         return _all_invalid(f"the clip lasts {clip.seconds:.2f} s; three frames {STEP} s apart are needed")
     matches = _match(clip, indices)
-    apart = _listed_apart(matches, seed)
+    apart = _listed_apart(matches, still_below(min(clip.frames.shape[1:3])), seed)
     if apart is not None:
         return _all_invalid(apart)
     best = _reconstruct(matches, seed)
@@ -111,7 +110,7 @@ def _match(clip: Clip, indices: list[int]) -> _Matches:
     return _Matches([points for points, _ in features], rows, frames[0].shape)
 
 
-def _listed_apart(matches: _Matches, seed: int) -> str | None:
+def _listed_apart(matches: _Matches, still: float, seed: int) -> str | None:
     """Why structure from motion has nothing to say about this clip, or None."""
     if np.median([len(points) for points in matches.points]) < FEWEST_FEATURES:
         return f"no texture: a median frame has fewer than {FEWEST_FEATURES} features"
@@ -121,8 +120,8 @@ def _listed_apart(matches: _Matches, seed: int) -> str | None:
     if not found:
         return None  # nothing matches: a failure, not a clip without a baseline
     moves = [float(np.median(np.linalg.norm(b - a, axis=1))) for a, b in found]
-    if np.median(moves) < STILL:
-        return "still: the median match moves by less than a pixel of the working frame"
+    if np.median(moves) < still:
+        return "still: the median match moves by no more than noise does"
     fits = [_flatness(a, b, matches.size, seed) for a, b in found]
     if np.mean([flat for flat, _ in fits]) > FLAT and np.median([spread for _, spread in fits]) < ROTATION:
         return "pure rotation: a turning camera, or a scene too far for parallax, explains the matches"
