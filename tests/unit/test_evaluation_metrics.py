@@ -183,7 +183,7 @@ def test_blur_does_not_look_better_than_correct_geometry(correct: list[Frames]) 
 def test_a_flat_zoom_is_exposed_by_the_homography_gap(correct: list[Frames]) -> None:
     flat = [ken_burns(clip) for clip in correct]
     assert mean(flat, "epipolar_inliers") > mean(correct, "epipolar_inliers") - 0.1  # it cheats the score ...
-    assert mean(flat, "epipolar_homography_gap") < 0.5 * mean(correct, "epipolar_homography_gap")  # ... and is seen
+    assert mean(flat, "epipolar_homography_gap") < 0.6 * mean(correct, "epipolar_homography_gap")  # ... and is seen
 
 
 def test_a_hard_cut_ranks_below(correct: list[Frames]) -> None:
