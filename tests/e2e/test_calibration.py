@@ -79,7 +79,8 @@ def check_sfm(table: Table) -> None:
     """What has to hold of structure from motion where the camera sees parallax."""
     score = {name: {kind: mean(v) for kind, v in by.items() if None not in v} for name, by in table.items()}
     registered, tracks, error = (score[f"sfm_{name}"] for name in ("registered", "track_length", "reprojection"))
-    assert error["correct"] < error["wobble 1 px"] <= error["wobble 4 px"], error  # equal where both are the worst
+    # Points that stay always fit: the error tells bent from rigid, the track length how strongly it is bent.
+    assert error["correct"] < 0.8 * min(error["wobble 1 px"], error["wobble 4 px"]), error
     assert tracks["correct"] > tracks["wobble 1 px"] > tracks["wobble 4 px"], tracks
     assert error["correct"] < error["hard cut"] and registered["correct"] > registered["hard cut"] + 0.2
     # A shaking hand costs a few matches and no consistency.
@@ -105,7 +106,4 @@ def test_structure_from_motion_ranks_real_footage(shared_dir):
     absent = [name for name, _ in PARALLAX if not (videos / name).is_file()]
     if absent:
         pytest.skip(f"real footage is absent: {', '.join(absent)}")
-    table = measure([footage(videos / name, start, SECONDS) for name, start in PARALLAX], SFM)
-    check_sfm(table)
-    error = table["sfm_reprojection"]
-    assert mean(error["wobble 1 px"]) < 0.9 * mean(error["wobble 4 px"]), error
+    check_sfm(measure([footage(videos / name, start, SECONDS) for name, start in PARALLAX], SFM))

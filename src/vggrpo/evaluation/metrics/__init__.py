@@ -70,7 +70,7 @@ _ALL = (
     Metric("sfm_track_length", "frames", True, "independent", "slow", "score", sfm,
            "Frames that see a reconstructed point.", needs=("sfm",)),
     Metric("sfm_reprojection", "diagonals", False, "independent", "slow", "score", sfm,
-           "Reprojection error of matched features; what no point explains counts with the worst.", needs=("sfm",)),
+           "Reprojection error of reconstructed points; frames that fail count with the worst.", needs=("sfm",)),
     Metric("sfm_camera_acceleration", "ratio", False, "reward-related", "slow", "score", sfm,
            "Jerkiness of the camera path that structure from motion finds.", needs=("sfm",)),
     Metric("sfm_camera_largest_step", "ratio", False, "reward-related", "slow", "guard", sfm,

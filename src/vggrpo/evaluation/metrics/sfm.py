@@ -4,10 +4,9 @@ pycolmap (extra `sfm`) reconstructs frames sampled every quarter of a second fro
 
 - `sfm_registered`: share of those frames in the largest reconstruction.
 - `sfm_track_length`: mean number of frames that see a reconstructed point.
-- `sfm_reprojection`: reprojection error / diagonal of the working frame, mean over the matched features of a frame,
-  then over frames. A feature that no point of three frames or more explains counts with the largest error that the
-  mapper keeps, and so does every feature of a frame that isn't registered. (The points that the mapper keeps always
-  fit: of a strong wobble only points of two frames are left, whose error is smaller than that of a weak one.)
+- `sfm_reprojection`: mean reprojection error / diagonal of the working frame, over frames; one that isn't registered
+  counts with the largest error that the mapper keeps. Points that stay always fit: of a strong wobble only those of two
+  frames do, so that the error tells bent from rigid and the track length how strongly it is bent.
 - `sfm_camera_acceleration`, `sfm_camera_largest_step`: the numbers of `camera`, of poses that no network has touched.
 
 A clip that can't be reconstructed has the worst score (0 frames registered, 0 frames a track, the largest error that
@@ -42,7 +41,6 @@ MOST_FRAMES = 48  # the first 12 seconds
 FARTHEST = 8  # frames that are matched with each other lie at most so many apart
 FEWEST_FEATURES = 40  # a median frame with fewer has no texture
 FEWEST_MATCHES = 15
-FEWEST_FRAMES = 3  # of a point that says something: two frames agree on any point of an epipolar line
 FLAT = 0.83  # homography inliers over epipolar inliers, mean over pairs; above it there is no parallax
 ROTATION = 1.03  # largest over smallest singular value of a homography that is taken for a rotation
 MAX_ERROR = 2.0  # px of the working frame; what is farther off is no observation of a point
@@ -88,13 +86,13 @@ def sfm(clip: Clip, models: EvaluationModels | None = None, *, seed: int = 0) ->
     if best is None:
         return _failed(MAX_ERROR / diagonal)
     registered = sorted(best.reg_image_ids())
-    share = len(registered) / len(indices)
+    share, error = len(registered) / len(indices), best.compute_mean_reprojection_error()
     tracks = [float(point.track.length()) for point in best.points3D.values()]
-    errors = [error / diagonal for error in _frame_errors(best, matches)]
+    errors = [point.error / diagonal for point in best.points3D.values()]
     out = {
         "sfm_registered": Measurement.of(share, frames=[float((image - 1) * stride) for image in registered]),
         "sfm_track_length": Measurement.of(float(np.mean(tracks)), points=tracks),
-        "sfm_reprojection": Measurement.of(float(np.mean(errors)), frames=errors),
+        "sfm_reprojection": Measurement.of((share * error + (1 - share) * MAX_ERROR) / diagonal, points=errors),
     }
     return out | _camera(best, registered, stride)
 
@@ -222,27 +220,6 @@ def _options(pycolmap: Any, first_angle: float, seed: int) -> Any:
     options.mapper.abs_pose_max_error = 2 * MAX_ERROR
     options.triangulation.merge_max_reproj_error = options.triangulation.complete_max_reproj_error = MAX_ERROR
     return options
-
-
-def _frame_errors(best: Any, matches: _Matches) -> list[float]:
-    """Mean error in pixels of the matched features of each frame, `MAX_ERROR` for what the reconstruction lacks."""
-    matched: list[set[int]] = [set() for _ in matches.points]
-    for pair, rows in matches.rows.items():
-        if len(rows) >= FEWEST_MATCHES:
-            for frame, column in zip(pair, rows.T, strict=True):
-                matched[frame].update(column.tolist())
-    errors = [dict.fromkeys(features, MAX_ERROR) for features in matched]
-    registered = set(best.reg_image_ids())
-    for point in best.points3D.values():
-        if point.track.length() < FEWEST_FRAMES:
-            continue
-        for element in point.track.elements:
-            frame = element.image_id - 1
-            if element.image_id in registered and element.point2D_idx in errors[frame]:
-                image = best.image(element.image_id)
-                miss = image.project_point(point.xyz) - image.points2D[element.point2D_idx].xy
-                errors[frame][element.point2D_idx] = min(float(np.linalg.norm(miss)), MAX_ERROR)
-    return [float(np.mean(list(found.values()))) if found else MAX_ERROR for found in errors]
 
 
 def _camera(best: Any, registered: list[int], stride: int) -> dict[str, Measurement]:
