@@ -141,7 +141,7 @@ class _Run:
         self.output = Path(context.config.output)
 
     def loop(self, start: int, tracker: Tracker, stop: threading.Event) -> None:
-        """Do the remaining updates; save every `save_every`, at the end, when asked to, and when a rule ends the run."""
+        """Do the remaining updates; save every `save_every`, at the end, when asked to, and when a rule ends it."""
         last = start if self.rule.reason() else self.config.updates  # a rule ended it before the export was whole
         done = min(start, last)
         for number in range(start, last):
