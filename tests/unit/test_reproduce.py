@@ -9,11 +9,12 @@ import pytest
 
 from vggrpo import reproduce as package
 from vggrpo.commands.reproduce import NAMES
+from vggrpo.config_algorithms import StopConfig
 from vggrpo.errors import UserError
 from vggrpo.evaluation.benchmarks import load_prompt_sets
 from vggrpo.reproduce import STUDIES, TABLES, Settings, reproduce
 from vggrpo.reproduce.results import write_results
-from vggrpo.reproduce.run import arm_config
+from vggrpo.reproduce.settings import arm_config
 
 ARMS = {arm.name: arm for table in TABLES.values() for arm in table.arms}
 
@@ -38,6 +39,7 @@ def test_every_arm_is_a_valid_config_of_the_same_budget(name, config, tmp_path):
     arm = ARMS[name]
     reference = arm_config(ARMS["vggrpo"], Settings(config=config), tmp_path, 1)
     found = arm_config(arm, Settings(config=config), tmp_path, 1)
+    assert found.stop == StopConfig()  # a stop rule would make budgets unequal
     assert found.seed == 1 and found.output == str(tmp_path / "runs" / f"{name}-s1")
     assert videos_of(found) == pytest.approx(videos_of(reference), rel=0.05)
     if found.algorithm != "direct":  # it takes its gradient through the last step alone

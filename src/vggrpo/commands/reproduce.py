@@ -40,7 +40,7 @@ def add_parser(subparsers: Subparsers) -> None:
         "--lgm-config", default="lgm-tiny", help="recipe of the LGMs of table lgm (default: %(default)s)"
     )
     parser.add_argument("--far", type=at_least(2), help="updates of the hacking study (default: 5 times those of GRPO)")
-    parser.add_argument("--marks", type=at_least(1), default=8, help="looks of the hacking study at the model on the way "
+    parser.add_argument("--marks", type=at_least(1), default=8, help="looks of the hacking study at the model "
                         "(default: %(default)s)")  # fmt: skip
     parser.add_argument("--arms", nargs="+", default=[], metavar="ARM", help="only these arms")
     parser.add_argument("--sets", nargs="+", default=[], metavar="SET", help="prompt sets (default: the table's)")

@@ -1,4 +1,4 @@
-"""What a reproduction would do, and about how long it takes here: a small trial is timed, and every cell follows from it.
+"""What a reproduction would do, and about how long it takes here: a small trial is timed, and each cell follows.
 
 The trial makes what the cells are made of (updates of GRPO, a few videos with their metrics, a small LGM where one is
 needed) in a temporary directory. Rivals are priced by GRPO's parts: making and scoring a video, and a clip at a noise

@@ -103,7 +103,7 @@ def _lgms(arms: Mapping[str, Any]) -> list[str]:
         return []
     errors = sorted({name for lgm in made.values() for name in lgm["card"]["heldout_errors_against_teacher"]})
     lines = ["## LGMs of the arms", "",
-             "Errors on held-out clips against the teacher; the reward audit: floor over base, the agreement of `e_geo` "
+             "Errors on held-out clips against the teacher; the reward audit: floor over base, agreement of `e_geo` "
              "with the truth of rendered and with the judge on generated clips.", ""]  # fmt: skip
     lines += ["| arm | updates | clips | " + " | ".join(errors) + " | floor / base | truth | judge |"]
     lines += ["|" + "---|" * (len(errors) + 6)]
