@@ -1,5 +1,5 @@
-"""Every algorithm that sees rewards raises one whose best direction is known: the last camera's place, which is a mean
-of the last latent frame."""
+"""Every algorithm that optimises a reward raises one whose best direction is known: the last camera's place, which is a
+mean of the last latent frame. (SFT only imitates clips that were chosen by it.)"""
 
 from __future__ import annotations
 
@@ -39,7 +39,6 @@ def reward_of(pipeline, lora=None):
         ("grpo", ["grpo.prompts_per_update=2", "grpo.kl=0", "grpo.clip=0.1", "sampling.window=2"]),
         ("nft", ["nft.samples_per_prompt=8", "nft.inner_updates=1", "nft.kl=0"]),
         ("direct", ["direct.samples_per_prompt=4", "direct.kl=0"]),
-        ("sft", ["sft.candidates=6", "sft.keep=0.34", "sft.batch=8"]),
         ("dpo", ["dpo.candidates=4", "dpo.batch=4"]),
     ],
 )  # fmt: skip

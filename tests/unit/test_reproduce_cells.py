@@ -98,7 +98,7 @@ def test_equal_latents_are_equal_bit_for_bit(tmp_path):
     assert arm_named("guided-0").guidance == 0.0  # off, and asked for
 
 
-COSTS = Costs(video=1.0, gradient=0.5, start=10.0, sampled=2.0, lgm_clip=3.0, lgm_update=4.0)
+COSTS = Costs(video=1.0, gradient=0.5, start=10.0, sampled=2.0, lgm_clip=3.0, lgm_update=4.0, cores=0.5)
 
 
 def test_a_plan_names_each_cell_once_and_knows_what_is_done(tmp_path):
@@ -121,8 +121,10 @@ def test_a_plan_names_each_cell_once_and_knows_what_is_done(tmp_path):
     (run / "log.jsonl").write_text("".join(json.dumps({"update": i}) + "\n" for i in range(3)))
     again = plan_module.cells(names, tmp_path, settings, (), COSTS)
     assert [cell.name for cell in again if cell.done] == ["vggrpo, seed 0"]
-    lines = plan_lines(again)
+    lines = plan_lines(again, COSTS)
     assert any("vggrpo, seed 0" in line and line.endswith("done") for line in lines)
+    seconds = sum(cell.seconds for cell in again if not cell.done and cell.seconds is not None)
+    assert f"{seconds / 3600:.1f} hours" in lines[-1] and f"({seconds / 7200:.1f} core-hours)" in lines[-1]
     assert f"{len(found) - 1} of {len(found)} cells" in lines[-1] and "1 that are not estimated" in lines[-1]
 
 

@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.plan:
         from vggrpo.reproduce.plan import plan, plan_lines
 
-        print("\n".join(plan_lines(plan(names, arguments.output, settings, arguments.arms))))
+        print("\n".join(plan_lines(*plan(names, arguments.output, settings, arguments.arms))))
         return
     written = reproduce(names, arguments.output, settings, arms=arguments.arms)
     print("results in " + ", ".join(str(path) for path in written))

@@ -53,6 +53,7 @@ class Costs:
         sampled: a video of evaluation, generated, measured and scored.
         lgm_clip: a clip in an LGM's cache and search.
         lgm_update: an update of an LGM on its batch.
+        cores: CPU seconds in each of these seconds: what the trial got of a machine that may have been busy.
     """
 
     video: float
@@ -61,10 +62,11 @@ class Costs:
     sampled: float
     lgm_clip: float = 0.0
     lgm_update: float = 0.0
+    cores: float = 1.0
 
 
-def plan(names: Sequence[str], output: Path, settings: Settings, arms: Sequence[str] = ()) -> list[Cell]:
-    """Every cell of some tables and studies, with what it would take; nothing is written to `output`.
+def plan(names: Sequence[str], output: Path, settings: Settings, arms: Sequence[str] = ()) -> tuple[list[Cell], Costs]:
+    """Every cell of some tables and studies with what it would take, and the trial; nothing is written to `output`.
 
     Raises:
         UserError: as `reproduce`.
@@ -72,8 +74,11 @@ def plan(names: Sequence[str], output: Path, settings: Settings, arms: Sequence[
     chosen = [arm for name in checked_names(names, arms) for arm in chosen_arms(name, arms)]
     needs_lgm = next((arm for arm in chosen if arm.lgm is not None), None)
     with tempfile.TemporaryDirectory() as folder:
+        began = time.perf_counter(), time.process_time()
         costs = trial(Path(folder), settings, needs_lgm)
-    return cells(names, output, settings, arms, costs)
+        wall, cpu = time.perf_counter() - began[0], time.process_time() - began[1]
+    costs = replace(costs, cores=cpu / wall)
+    return cells(names, output, settings, arms, costs), costs
 
 
 def cells(names: Sequence[str], output: Path, settings: Settings, arms: Sequence[str], costs: Costs) -> list[Cell]:
@@ -221,8 +226,8 @@ def _lgm_trial(arm: Arm, folder: Path, settings: Settings) -> dict[str, Any]:
     return {"lgm_clip": (wall - updates) / clips, "lgm_update": rows[-1]["seconds/update"]}
 
 
-def plan_lines(found: Sequence[Cell]) -> list[str]:
-    """The plan for people, with its total."""
+def plan_lines(found: Sequence[Cell], costs: Costs) -> list[str]:
+    """The plan for people, with its total: hours on the machine as busy as it is, and the work in them."""
     lines = []
     for cell in found:
         cost = "done" if cell.done else "not estimated" if cell.seconds is None else f"{cell.seconds / 60:.1f} min"
@@ -231,4 +236,6 @@ def plan_lines(found: Sequence[Cell]) -> list[str]:
     seconds = sum(cell.seconds or 0.0 for cell in left)
     unknown = sum(cell.seconds is None for cell in left)
     also = f", and {unknown} that are not estimated" if unknown else ""
-    return [*lines, f"{len(left)} of {len(found)} cells to do: about {seconds / 3600:.1f} hours on this machine{also}"]
+    total = f"about {seconds / 3600:.1f} hours on this machine, of which the trial got {costs.cores:.2f} cores"
+    work = f"{seconds * costs.cores / 3600:.1f} core-hours"
+    return [*lines, f"{len(left)} of {len(found)} cells to do: {total} ({work}){also}"]
