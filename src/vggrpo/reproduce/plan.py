@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -147,9 +148,15 @@ def budget(config: TrainConfig) -> tuple[int, int]:
 
 
 def _videos(arm: Arm, name: str, prompt_set: str, output: Path, settings: Settings, costs: Costs) -> Cell:
-    count = len(load_prompt_sets([prompt_set], settings.prompts)) * settings.videos
+    count = _prompts(prompt_set, settings.prompts) * settings.videos
     done = (output / prompt_set / "eval" / name / "metrics.jsonl").is_file()
     return Cell("videos", f"{prompt_set}/{name}", count * costs.sampled * sampling_factor(arm, settings), done)
+
+
+@cache
+def _prompts(prompt_set: str, limit: int) -> int:
+    """Prompts of a set; drawing those of the embedded world takes a while."""
+    return len(load_prompt_sets([prompt_set], limit))
 
 
 def sampling_factor(arm: Arm, settings: Settings) -> float:
