@@ -18,6 +18,7 @@ from vggrpo.evaluation.audit import audit_reward
 from vggrpo.pretraining.distill import train_lgm
 from vggrpo.reproduce.recipes import Arm
 from vggrpo.reproduce.settings import Settings, lgm_folder
+from vggrpo.rewards.registry import audited_options
 
 AUDIT_CLIPS = 48
 _QUICK = (
@@ -54,13 +55,15 @@ def trained_lgm(arm: Arm, settings: Settings, folder: Path) -> Path:
         train_lgm(config, progress=not settings.quick)
     # Other video models have no judge that comes along; `vggrpo audit-reward --judge` takes one.
     if config.video.path == EMBEDDED and not (directory / "audit.json").is_file():
-        data = settings.recipe().data
+        recipe = settings.recipe()
+        data = recipe.data
         audit_reward(
             directory,
             directory,
             clips=4 if settings.quick else AUDIT_CLIPS,
             num_frames=data.num_frames,
             size=(data.height, data.width),
+            options=audited_options(recipe.rewards),
         )
     return directory
 
