@@ -266,7 +266,7 @@ def main() -> None:
     parser.add_argument("--sweep", type=Path, metavar="HTML", help="cost against size, with a plot")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        overrides = [*arguments.overrides, f"output={folder}"]
+        overrides = ["stop={}", *arguments.overrides, f"output={folder}"]
         if arguments.sweep is not None:
             print(json.dumps(sweep(arguments.recipe, overrides, arguments.sweep), indent=1))
             return

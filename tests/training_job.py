@@ -1,6 +1,7 @@
 """One process of a training run, for tests that start several or kill them.
 
-Its settings: {"pipeline", "output", "overrides", "changes", "record", "kill"}. With "record", the gradient of every
+Its settings: {"pipeline", "output", "overrides", "changes", "algorithm", "record", "kill"}. "algorithm": one of the
+rivals instead of GRPO ("changes" are GRPO's). With "record", the gradient of every
 optimizer step (LoRA B redrawn at the start, so that none is zero) goes to that file, and all processes compare their
 parameters after each step. "kill": {"rank", "where", "number"}: SIGKILL of that rank when `where` ("replay", "write",
 "rename") happens for the number-th time.
@@ -14,6 +15,7 @@ import signal
 import sys
 from pathlib import Path
 
+import test_posttraining_rivals as rivals_test
 import test_posttraining_trainer as trainer_test
 import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
@@ -113,7 +115,10 @@ def main(spec: dict) -> int:
     if "kill" in spec:
         arm(spec["kill"])
     try:
-        trainer_test.train(spec["pipeline"], spec["output"], spec.get("overrides", ()), **spec.get("changes", {}))
+        if "algorithm" in spec:
+            rivals_test.run(spec["algorithm"], spec["pipeline"], spec["output"], *spec.get("overrides", ()))
+        else:
+            trainer_test.train(spec["pipeline"], spec["output"], spec.get("overrides", ()), **spec.get("changes", {}))
     except UserError as error:
         print(f"vggrpo: error: {error}", file=sys.stderr)
         return 2

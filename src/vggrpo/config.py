@@ -24,6 +24,7 @@ from vggrpo.config_algorithms import (
     NFTConfig,
     RewardSpaceConfig,
     SFTConfig,
+    StopConfig,
 )
 from vggrpo.config_algorithms import Section as _Section
 from vggrpo.errors import UserError
@@ -35,6 +36,7 @@ RESUMABLE = frozenset(
         "model.gradient_checkpointing", "model.compile", "sampling.micro_batch", "sampling.offload",
         "grpo.micro_batch", "lgm.micro_batch", "sft.micro_batch", "dpo.micro_batch", "direct.micro_batch",
         "nft.micro_batch",
+        "stop.travel_below", "stop.dynamics_below", "stop.kl_above", "stop.memory", "stop.seconds_above",
     }
 )  # fmt: skip
 
@@ -228,6 +230,8 @@ class TrainConfig(_Section):
     """The adapter."""
     optim: OptimConfig = Field(default_factory=OptimConfig)
     """The optimizer."""
+    stop: StopConfig = Field(default_factory=StopConfig)
+    """What ends a run early."""
     validation: ValidationConfig = Field(default_factory=ValidationConfig)
     """Fixed videos to look at."""
     trackers: list[Literal["wandb", "trackio"]] = Field(default_factory=list)
@@ -263,6 +267,11 @@ class TrainConfig(_Section):
         if grpo.ratio_norm and sampling.variant == "cps":
             raise ValueError("grpo.ratio_norm needs a Gaussian step; set a sampling.variant other than cps")
         self._check_algorithm()
+        if max(self.stop.travel_below, self.stop.dynamics_below) > 0 and grpo.base_travel_samples == 0:
+            raise ValueError(
+                "stop.travel_below and stop.dynamics_below compare with the base model; set "
+                "grpo.base_travel_samples to 1 or more"
+            )
         if not any(term.weight > 0 for term in self.rewards.values()):
             raise ValueError("all weights in rewards are 0; give at least one reward a positive weight")
         if "camera_motion_hinge" in self.rewards and grpo.base_travel_samples == 0:
@@ -282,8 +291,8 @@ class TrainConfig(_Section):
             )
         if self.algorithm != "grpo" and self.model.shard:
             raise ValueError("model.shard is for algorithm grpo; set model.shard: false")
-        if self.algorithm != "grpo" and self.data.first_frames is not None:
-            raise ValueError("data.first_frames is for algorithm grpo; set it to null")
+        if self.algorithm == "sft" and self.sft.videos is not None and self.data.first_frames is not None:
+            raise ValueError("sft.videos are not made from data.first_frames; give one of the two")
 
     @property
     def needs_vae(self) -> bool:

@@ -26,6 +26,23 @@ class RewardSpaceConfig(Section):
     """`rgb`, and `dpo.pairs: geometry`: RGB frames from view to view; 4 are the views of a latent frame each."""
 
 
+class StopConfig(Section):
+    """When a run ends before its last update. Every rule is off unless it is set; one that ends a run saves it, and the
+    run then is finished until the rule is changed."""
+
+    travel_below: float = Field(default=0.0, ge=0, lt=1)
+    """End when the camera travel falls under this share of the base model's (`grpo`; needs grpo.base_travel_samples);
+    0 = never."""
+    dynamics_below: float = Field(default=0.0, ge=0, lt=1)
+    """End when the share of moving pixels falls under this share of the base model's (`grpo`; likewise); 0 = never."""
+    kl_above: float | None = Field(default=None, gt=0)
+    """End when the distance to the base model that the log calls `kl` rises above this; null = never."""
+    memory: int = Field(default=10, ge=1)
+    """Updates over which these three are averaged; none of them ends a run of fewer updates."""
+    seconds_above: float | None = Field(default=None, gt=0)
+    """End with the update in which the updates of the run have taken this many seconds in all; null = never."""
+
+
 class GRPOConfig(Section):
     """The policy-gradient update."""
 

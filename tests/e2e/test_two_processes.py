@@ -88,6 +88,27 @@ def test_two_processes_equal_one(tiny_wan_dir, one, tmp_path, overrides):
     assert {k: (v.shape, v.dtype) for k, v in first.items()} == {k: (v.shape, v.dtype) for k, v in second.items()}
 
 
+@pytest.mark.parametrize("algorithm", ["sft", "dpo", "nft", "direct"])
+def test_two_processes_equal_one_for_every_rival(tiny_wan_dir, tmp_path, algorithm):
+    """The same gradients as one process to rounding, and (checked after each step in the job) parameters that are
+    equal over the processes bit for bit. The shares are unequal: 3 prompts, and odd batches."""
+    from test_posttraining_rivals import rows
+
+    spec = {"pipeline": tiny_wan_dir, "algorithm": algorithm}
+    if algorithm == "direct":
+        spec["overrides"] = ["direct.prompts_per_update=1", "direct.samples_per_prompt=3"]
+    for name, size in (("one", 1), ("two", 2)):
+        run(spec | {"output": tmp_path / name, "record": tmp_path / f"{name}.pt"}, tmp_path, size)
+    alone, together = gradients(tmp_path / "one.pt"), gradients(tmp_path / "two.pt")
+    assert len(alone) == len(together) == (4 if algorithm == "nft" else 2)
+    assert alone[0].norm() > 0 and (together[0] - alone[0]).norm() < 1e-4 * alone[0].norm()
+    for mine, other in zip(together[1:], alone[1:], strict=True):  # Adam's first step turns rounding into signs
+        assert (mine - other).norm() < 2e-2 * other.norm()
+    for mine, other in zip(rows(tmp_path / "two"), rows(tmp_path / "one"), strict=True):
+        for key in ("loss", "grad_norm", "videos"):
+            assert mine[key] == pytest.approx(other[key], rel=2e-2, abs=1e-6), key
+
+
 def test_shares_need_not_be_equal(tiny_wan_dir, tmp_path):
     """Five videos a group over two processes: the same statistics as in one."""
     from test_posttraining_trainer import rows

@@ -11,6 +11,7 @@ from torch.autograd import gradcheck
 from vggrpo.posttraining.forward_losses import (
     drawn_times,
     flow_dpo_loss,
+    network_input,
     nft_loss,
     noised,
     optimality_of,
@@ -113,3 +114,24 @@ def test_the_card_says_where_the_signal_came_from():
     epipolar = card("algorithm=dpo")
     assert "Sampson error" in epipolar and "- `camera_motion_smoothness`" not in epipolar
     assert "reprojection by a geometry model (embedded)" in card("algorithm=dpo", "dpo.pairs=geometry")
+
+
+def test_a_given_first_frame_is_neither_noised_nor_counted():
+    x0, eps, velocity = draw(3, 2, 3, 4, 2, 2)
+    t = torch.tensor([0.3, 0.8], dtype=torch.float64)
+    state, times, mask = network_input(x0, eps, t, pinned=True)
+    torch.testing.assert_close(state[:, :, 0], x0[:, :, 0])
+    torch.testing.assert_close(state[:, :, 1:], noised(x0, eps, t)[:, :, 1:])
+    assert times.tolist() == [[0, 0.3, 0.3, 0.3], [0, 0.8, 0.8, 0.8]]
+    velocity.requires_grad_()
+    error = velocity_error(velocity, eps - x0, mask)
+    torch.testing.assert_close(error, velocity_error(velocity[:, :, 1:], (eps - x0)[:, :, 1:]))
+    (gradient,) = torch.autograd.grad(error.sum(), velocity)
+    assert not gradient[:, :, 0].any() and gradient[:, :, 1:].all()
+    free = network_input(x0, eps, t, pinned=False)
+    assert torch.equal(free[0], noised(x0, eps, t)) and free[1] is t and free[2] is None
+    old, optimality = velocity.detach() + 1, torch.tensor([0.9, 0.2], dtype=torch.float64)
+    torch.testing.assert_close(
+        nft_loss(velocity, old, eps - x0, optimality, 1.0, mask),
+        nft_loss(velocity[:, :, 1:], old[:, :, 1:], (eps - x0)[:, :, 1:], optimality, 1.0),
+    )

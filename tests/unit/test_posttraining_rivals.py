@@ -292,7 +292,7 @@ def test_rgb_rewards_read_the_decoded_frames(tiny_wan_dir, tmp_path, monkeypatch
     [
         (["direct.grad_steps=9"], r"direct\.grad_steps 9"),
         (["model.shard=true"], r"model\.shard"),
-        (["data.first_frames=x.txt"], r"data\.first_frames"),
+        (["algorithm=sft", "sft.videos=x", "data.first_frames=x.txt"], r"sft\.videos are not made from"),
     ],
 )
 def test_what_does_not_go_together(tmp_path, override, message):

@@ -9,11 +9,12 @@ import pytest
 
 from vggrpo import reproduce as package
 from vggrpo.commands.reproduce import NAMES
+from vggrpo.config_algorithms import StopConfig
 from vggrpo.errors import UserError
 from vggrpo.evaluation.benchmarks import load_prompt_sets
 from vggrpo.reproduce import STUDIES, TABLES, Settings, reproduce
 from vggrpo.reproduce.results import write_results
-from vggrpo.reproduce.run import arm_config
+from vggrpo.reproduce.settings import arm_config
 
 ARMS = {arm.name: arm for table in TABLES.values() for arm in table.arms}
 
@@ -38,6 +39,7 @@ def test_every_arm_is_a_valid_config_of_the_same_budget(name, config, tmp_path):
     arm = ARMS[name]
     reference = arm_config(ARMS["vggrpo"], Settings(config=config), tmp_path, 1)
     found = arm_config(arm, Settings(config=config), tmp_path, 1)
+    assert found.stop == StopConfig()  # a stop rule would make budgets unequal
     assert found.seed == 1 and found.output == str(tmp_path / "runs" / f"{name}-s1")
     assert videos_of(found) == pytest.approx(videos_of(reference), rel=0.05)
     if found.algorithm != "direct":  # it takes its gradient through the last step alone
@@ -82,8 +84,10 @@ def results(quick=False):
                     "motion_flow": entry(0.0, None)},
         "motion_ratio": 1.02, "training_seeds": 3, "counts": False, "checks": {},
     }  # fmt: skip
-    about = {"about": "a rival", "training_videos": 32.0, "training_seconds": 8.5,
-             "sampling": {"seconds_per_video": 0.25, "device": "cpu"}}  # fmt: skip
+    cost = {"seconds_per_video": 0.25, "network_passes_per_video": 40, "network_gradients_per_video": 4,
+            "reward_gradients_per_video": 2, "device": "cpu"}  # fmt: skip
+    about = {"about": "a rival", "training_videos": 32.0, "training_seconds": 8.5, "training_updates": 4.0,
+             "sampling": cost}  # fmt: skip
     settings = {"quick": quick, "config": "tiny", "seeds": 3, "prompts": 40, "videos": 2, "steps": 20}
     where = {"gpu": None, "platform": "Test", "processors": 2, "torch": "2", "vggrpo": "0"}
     return {"table": "main", "title": "T", "claim": "C", "settings": settings, "machine": where,
@@ -94,7 +98,8 @@ def test_results_carry_intervals_budgets_and_the_machine(tmp_path):
     path = write_results(tmp_path, "main", results())
     text = path.read_text()
     assert "+0.1 [+0.05, +0.15] ▲" in text and "+0.1 [+0.05, +0.15] ▼" in text  # one is better high, one low
-    assert "| rival | a rival | 32 | 8.5 | 0.25 |" in text and "Made on Test, 2 processors" in text
+    assert "| rival | a rival | 32 | 4 | 8.5 | 0.25 | 40 | 4 network + 2 LGM |" in text
+    assert "Made on Test, 2 processors" in text
     assert "quick run" not in text and "quick run" in write_results(tmp_path, "q", results(quick=True)).read_text()
     assert json.loads((tmp_path / "main.json").read_text())["sets"]["world-static"]["rival"]["motion_ratio"] == 1.02
     picture = cv2.imread(str(tmp_path / "main.png"))

@@ -116,6 +116,50 @@ def test_training_from_images(ti2v_dir, images, tmp_path):
     assert len(torch.unique(torch.cat(seen), dim=0)) == 2  # every clip starts with one of the two images
 
 
+@pytest.mark.parametrize("algorithm", ["sft", "dpo", "nft", "direct"])
+def test_rivals_leave_the_given_frame_alone(ti2v_dir, images, tmp_path, monkeypatch, algorithm):
+    """In every call of the network it is clean and at time 0; what the network says there carries no gradient."""
+    config = load_config(
+        {
+            "algorithm": algorithm, "output": str(tmp_path / "run"), "updates": 2, "save_every": 2,
+            "model": {"path": str(ti2v_dir)}, "lora": {"rank": 2}, "sampling": {"num_steps": 3, "window": 1},
+            "data": {"num_frames": 13, "height": 32, "width": 64, "first_frames": str(images)},
+            "sft": {"candidates": 2, "keep": 0.5, "batch": 2},
+            "dpo": {"pairs": "latent", "min_gap": 0, "candidates": 3},
+            "nft": {"prompts_per_update": 2, "samples_per_prompt": 3, "times": 2},
+            "direct": {"prompts_per_update": 2, "grad_steps": 2},
+        }
+    )  # fmt: skip
+    states, times, gradients = [], [], []
+    plain = WanVideoModel.predict_velocity
+
+    def noted(self, latents, t, text):
+        velocity = plain(self, latents, t, text)
+        states.append(latents.detach()[:, :, 0])
+        times.append(t)
+        if velocity.requires_grad:
+            velocity.register_hook(lambda gradient: gradients.append(gradient))
+        return velocity
+
+    monkeypatch.setattr(WanVideoModel, "predict_velocity", noted)
+    train(config, lgm=fake_lgm, prompts=["a red box", "the sphere rolls"], progress=False)
+    log = read_jsonl(tmp_path / "run" / "log.jsonl")
+    assert all(row["grad_norm"] > 0 for row in log)
+    assert len(torch.unique(torch.cat(states), dim=0)) == 2
+    assert all(t.ndim == 2 and not t[:, 0].any() and (t[:, 1:] == t[:, 1:2]).all() for t in times)
+    assert all(float(t[:, 1].min()) > 0 for t in times)
+    assert gradients and all(not g[:, :, 0].any() and g[:, :, 1:].any() for g in gradients)
+
+
+def test_a_model_without_a_time_per_frame_is_refused(tiny_wan_dir, images, tmp_path):
+    data = {"num_frames": 13, "height": 32, "width": 64, "first_frames": str(images)}
+    config = load_config(
+        {"algorithm": "sft", "output": str(tmp_path / "run"), "model": {"path": str(tiny_wan_dir)}, "data": data}
+    )
+    with pytest.raises(UserError, match="a time per frame"):
+        train(config, lgm=fake_lgm, prompts=["a red box", "the sphere rolls"], progress=False)
+
+
 def test_generate_starts_from_images(ti2v_dir, images, tmp_path):
     files = read_image_list(images, 2)
     options = {"pipeline": ti2v_dir, "num_steps": 2, "num_frames": 5, "size": (32, 64), "save_latents": True}

@@ -7,7 +7,10 @@ from pathlib import Path
 
 from vggrpo.commands.arguments import GO_ON, Subparsers, at_least
 
-NAMES = ("main", "rewards", "geometry", "generalisation", "guidance", "efficiency", "robustness")
+NAMES = (
+    "main", "main-seconds", "rewards", "geometry", "lgm", "generalisation", "guidance", "efficiency", "robustness",
+    "hacking",
+)  # fmt: skip
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -18,12 +21,14 @@ def add_parser(subparsers: Subparsers) -> None:
         description=(
             "Run the recipe of a table: train its arms, generate the same prompts and seeds with each, evaluate, and "
             "compare with the base model. Writes TABLE.json, TABLE.md and TABLE.png into OUTPUT. Trainings are shared "
-            "by the tables of one OUTPUT. The full size takes a night on a laptop."
+            "by the tables of one OUTPUT. --plan says what is to do and about how long it takes on this machine."
         ),
     )
     parser.add_argument("table", choices=[*NAMES, "all"], help="which one")
     parser.add_argument("--output", type=Path, default=Path("runs/reproduce"), help="directory (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="smallest sizes: shows that it runs, and nothing else")
+    parser.add_argument("--plan", action="store_true", help="run nothing: time a small trial, and say what each cell "
+                        "would take")  # fmt: skip
     parser.add_argument("--config", default="tiny", help="recipe that the arms change (default: %(default)s)")
     parser.add_argument("--seeds", type=at_least(1), default=3, help="training runs an arm (default: %(default)s)")
     parser.add_argument("--prompts", type=at_least(2), default=96, help="at most, of each set (default: %(default)s)")
@@ -31,6 +36,12 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("--steps", type=at_least(2), default=20, help="denoising steps (default: %(default)s)")
     parser.add_argument("--guidance-scale", type=float, default=3.0, help="classifier-free (default: %(default)s)")
     parser.add_argument("--updates", type=at_least(1), help="of GRPO; the rivals get as many videos (default: recipe)")
+    parser.add_argument(
+        "--lgm-config", default="lgm-tiny", help="recipe of the LGMs of table lgm (default: %(default)s)"
+    )
+    parser.add_argument("--far", type=at_least(2), help="updates of the hacking study (default: 5 times those of GRPO)")
+    parser.add_argument("--marks", type=at_least(1), default=8, help="looks of the hacking study at the model "
+                        "(default: %(default)s)")  # fmt: skip
     parser.add_argument("--arms", nargs="+", default=[], metavar="ARM", help="only these arms")
     parser.add_argument("--sets", nargs="+", default=[], metavar="SET", help="prompt sets (default: the table's)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: %(default)s)")
@@ -44,6 +55,9 @@ def run(arguments: argparse.Namespace) -> None:
 
     settings = Settings(
         config=arguments.config,
+        lgm_config=arguments.lgm_config,
+        far=arguments.far,
+        marks=arguments.marks,
         seeds=arguments.seeds,
         prompts=arguments.prompts,
         videos=arguments.videos,
@@ -55,7 +69,11 @@ def run(arguments: argparse.Namespace) -> None:
         sets=tuple(arguments.sets),
     )
     names = NAMES if arguments.table == "all" else (arguments.table,)
-    written = reproduce(
-        names, arguments.output, settings.smallest() if arguments.quick else settings, arms=arguments.arms
-    )
+    settings = settings.smallest() if arguments.quick else settings
+    if arguments.plan:
+        from vggrpo.reproduce.plan import plan, plan_lines
+
+        print("\n".join(plan_lines(*plan(names, arguments.output, settings, arguments.arms))))
+        return
+    written = reproduce(names, arguments.output, settings, arms=arguments.arms)
     print("results in " + ", ".join(str(path) for path in written))

@@ -35,7 +35,8 @@ def latent_shape(context: Context) -> tuple[int, int, int, int]:
 
 @torch.no_grad()
 def sample_clips(context: Context, prompts: Sequence[str], seeds: Sequence[int]) -> Float[Tensor, "B C T H W"]:
-    """Clean latents of the deterministic sampler, with whatever weights are on; one seed and one prompt a clip."""
+    """Clean latents of the deterministic sampler, with whatever weights are on; one seed and one prompt a clip, and the
+    prompt's first frame where the recipe gives one."""
     sampling, device = context.config.sampling, context.model.device
     negative = context.conditions.text([""], device) if sampling.guidance_scale != 1 else None
     return rollout(
@@ -49,6 +50,7 @@ def sample_clips(context: Context, prompts: Sequence[str], seeds: Sequence[int])
         guidance_scale=sampling.guidance_scale,
         negative_text=negative,
         micro_batch=sampling.micro_batch,
+        first_frame=context.conditions.first_frames(prompts, device),
     ).latents
 
 

@@ -19,6 +19,7 @@ from vggrpo.posttraining.algorithm import Context
 from vggrpo.posttraining.batches import items_of, latent_shape, measure_base_travel, share_of
 from vggrpo.posttraining.forward_losses import velocity_error
 from vggrpo.rewards import RewardContext, get_reward
+from vggrpo.sampling.first_frame import acted_frames, pin_first_frame
 from vggrpo.sampling.flow_sde import ode_step
 from vggrpo.sampling.rollout import guided_velocity
 from vggrpo.sampling.seeds import derive_seed, seeded_noise
@@ -102,18 +103,22 @@ class Direct:
         context, model, scale = self.context, self.context.model, self.context.config.sampling.guidance_scale
         text = context.conditions.text(prompts, model.device)
         negative = context.conditions.text([""], model.device) if scale != 1 else None
+        given = context.conditions.first_frames(prompts, model.device)
+        mask = None if given is None else acted_frames(self.shape[1], model.device)
 
         def velocity(latents: Tensor, step: int) -> Tensor:
-            time = self.sigmas[step].expand(len(seeds))
-            return guided_velocity(model, latents, time, text, guidance_scale=scale, negative_text=negative)
+            time, pinned = self.sigmas[step].expand(len(seeds)), given is not None
+            return guided_velocity(
+                model, latents, time, text, guidance_scale=scale, negative_text=negative, pinned=pinned
+            )
 
         def advance(latents: Tensor, velocity: Tensor, step: int) -> Tensor:
-            return ode_step(latents, velocity, self.sigmas[step], self.sigmas[step + 1])
+            return ode_step(latents, velocity, self.sigmas[step], self.sigmas[step + 1], mask=mask)
 
         first, last = len(self.sigmas) - 1 - self.settings.grad_steps, len(self.sigmas) - 1
         kl = torch.zeros(len(seeds), device=model.device)
         with torch.no_grad():
-            latents = seeded_noise(seeds, self.shape, model.device)
+            latents = pin_first_frame(seeded_noise(seeds, self.shape, model.device), given)
             for step in range(first):
                 latents = advance(latents, velocity(latents, step), step)
             # The reference must not come between a forward and its backward, so the states are made once without.
@@ -126,6 +131,6 @@ class Direct:
         for step in range(first, last):
             now = velocity(latents, step)
             if references:
-                kl = kl + velocity_error(now, references[step - first]) / self.settings.grad_steps
+                kl = kl + velocity_error(now, references[step - first], mask) / self.settings.grad_steps
             latents = advance(latents, now, step)
         return latents, kl

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vggrpo.posttraining.algorithm import Context
 from vggrpo.posttraining.batches import items_of, mean_over_processes, share_of
-from vggrpo.posttraining.forward_losses import drawn_times, flow_dpo_loss, noised, velocity_error
+from vggrpo.posttraining.forward_losses import drawn_times, flow_dpo_loss, network_input, velocity_error
 from vggrpo.posttraining.pairs import Pairs, build_pairs
 from vggrpo.posttraining.sft import FINE
 from vggrpo.sampling.seeds import derive_seed, seeded_noise
@@ -80,11 +80,12 @@ class DPO:
         eps = seeded_noise(noise, winner.shape[1:], model.device).repeat(2, 1, 1, 1, 1)
         t = t.to(model.device).repeat(2)
         x0 = torch.cat([winner, loser])
-        state, target = noised(x0, eps, t), eps - x0
+        state, times, mask = network_input(x0, eps, t, pinned=context.conditions.has_first_frames)
+        target = eps - x0
         text = context.conditions.text(prompts, model.device).repeat(2, 1, 1)
         # The reference goes first: switching the adapter off and on must not happen between forward and backward.
         with torch.no_grad(), context.policy.reference():
-            reference = velocity_error(model.predict_velocity(state, t, text), target).chunk(2)
-        error = velocity_error(model.predict_velocity(state, t, text), target).chunk(2)
+            reference = velocity_error(model.predict_velocity(state, times, text), target, mask).chunk(2)
+        error = velocity_error(model.predict_velocity(state, times, text), target, mask).chunk(2)
         loss = flow_dpo_loss(error[0], error[1], reference[0], reference[1], self.settings.beta)
         return loss, ((error[0] - reference[0]) - (error[1] - reference[1])).detach()

@@ -2,15 +2,18 @@
 
     x_t = (1 - t) x0 + t eps      target v = eps - x0      err(u) = mean over the latents of (u - v)^2
 
-All means are over the non-batch dimensions, so that nothing depends on the size of the video.
+All means are over the non-batch dimensions, so that nothing depends on the size of the video. Where the first latent
+frame is given (image to video), it is neither noised nor counted.
 """
 
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
+
+from vggrpo.sampling.first_frame import acted_frames, frame_times, pin_first_frame
 
 
 def noised(x0: Float[Tensor, "B ..."], eps: Float[Tensor, "B ..."], t: Float[Tensor, " B"]) -> Float[Tensor, "B ..."]:
@@ -19,9 +22,39 @@ def noised(x0: Float[Tensor, "B ..."], eps: Float[Tensor, "B ..."], t: Float[Ten
     return (1 - time) * x0 + time * eps
 
 
-def velocity_error(velocity: Float[Tensor, "B ..."], target: Float[Tensor, "B ..."]) -> Float[Tensor, " B"]:
-    """``err``: mean squared distance of two velocities; with the target ``eps - x0`` this is flow matching's loss."""
-    return (velocity - target).square().flatten(1).mean(1)
+def network_input(
+    x0: Float[Tensor, "B C T H W"], eps: Float[Tensor, "B C T H W"], t: Float[Tensor, " B"], *, pinned: bool
+) -> tuple[Float[Tensor, "B C T H W"], Float[Tensor, "B ..."], Bool[Tensor, "1 1 T 1 1"] | None]:
+    """State, time and mask of what is trained on at `t`.
+
+    Args:
+        x0: clean latents.
+        eps: noise.
+        t: one time a clip.
+        pinned: the first latent frame is given: it stays clean at time 0, and the mask leaves it out.
+
+    Returns:
+        ``x_t``; the times, (B,) or pinned (B, T); where the loss counts, None: everywhere.
+    """
+    state = noised(x0, eps, t)
+    if not pinned:
+        return state, t, None
+    frames = x0.shape[2]
+    return pin_first_frame(state, x0[:, :, :1]), frame_times(t, frames), acted_frames(frames, x0.device)
+
+
+def velocity_error(
+    velocity: Float[Tensor, "B ..."], target: Float[Tensor, "B ..."], mask: Bool[Tensor, ...] | None = None
+) -> Float[Tensor, " B"]:
+    """``err``: mean squared distance of two velocities; with the target ``eps - x0`` this is flow matching's loss.
+
+    `mask`: True where it counts, broadcastable to the velocity; None: everywhere.
+    """
+    squared = (velocity - target).square()
+    if mask is None:
+        return squared.flatten(1).mean(1)
+    counts = mask.expand_as(squared)
+    return torch.where(counts, squared, torch.zeros_like(squared)).flatten(1).sum(1) / counts.flatten(1).sum(1)
 
 
 def flow_dpo_loss(
@@ -50,6 +83,7 @@ def nft_loss(
     target: Float[Tensor, "B ..."],
     optimality: Float[Tensor, " B"],
     beta: float,
+    mask: Bool[Tensor, ...] | None = None,
 ) -> Float[Tensor, " B"]:
     """``r err(v+) + (1 - r) err(v-)`` with ``v+ = (1 - beta) v_old + beta v`` and ``v- = (1 + beta) v_old - beta v``.
 
@@ -59,10 +93,12 @@ def nft_loss(
         target: ``eps - x0``.
         optimality: r in [0, 1]: how good the clip is; 1/2 says nothing.
         beta: distance of the implicit policies from the old one.
+        mask: True where the loss counts; None: everywhere.
     """
     positive = (1 - beta) * old_velocity + beta * velocity
     negative = (1 + beta) * old_velocity - beta * velocity
-    return optimality * velocity_error(positive, target) + (1 - optimality) * velocity_error(negative, target)
+    good, bad = velocity_error(positive, target, mask), velocity_error(negative, target, mask)
+    return optimality * good + (1 - optimality) * bad
 
 
 def optimality_of(advantage: Float[Tensor, " B"], clip: float) -> Float[Tensor, " B"]:

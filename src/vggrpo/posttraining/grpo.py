@@ -49,8 +49,6 @@ class GRPO:
             sampling.noise_level, sampling.variant, sampling.max_t, sampling.sigma_min, sampling.sigma_max
         )
         negative = self._encode([""]) if sampling.guidance_scale != 1 else None
-        if context.conditions.has_first_frames and not model.frame_times:
-            raise UserError("data.first_frames needs a model with a time per frame; use Wan2.2-TI2V-5B")
         self.replayer = Replayer(model, self.policy, config.grpo, self.noise, sampling.guidance_scale, negative)
         self.motion = MotionWatch(config.grpo.collapse_warning)
         self.recompute_old = False

@@ -23,7 +23,7 @@ from torch import Tensor
 from vggrpo.posttraining.advantage import group_advantages
 from vggrpo.posttraining.algorithm import Context
 from vggrpo.posttraining.batches import items_of, measure_base_travel, sample_clips, share_of
-from vggrpo.posttraining.forward_losses import drawn_times, nft_loss, noised, optimality_of, velocity_error
+from vggrpo.posttraining.forward_losses import drawn_times, network_input, nft_loss, optimality_of, velocity_error
 from vggrpo.posttraining.scoring import score_latents
 from vggrpo.posttraining.sft import FINE
 from vggrpo.posttraining.watch import reward_metrics
@@ -136,8 +136,9 @@ class NFT:
 
     def _states(
         self, rollout: _Rollout, part: Int[Tensor, "Q 2"], number: int
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x_t, t, text and target of some pairs; all of it follows from the pair alone, so it is made twice alike."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """x_t, t, text, target and mask of some pairs; all of it follows from the pair alone, so it is made twice
+        alike."""
         model, seed = self.context.model, self.context.config.seed
         places = [int(i) - rollout.mine.start for i in part[:, 0]]
         seeds = [derive_seed(seed, "nft", number, int(i), int(k)) for i, k in part]
@@ -146,7 +147,8 @@ class NFT:
         times = [drawn_times(1, self.sigmas, torch.Generator().manual_seed(derive_seed(s, "t"))) for s in seeds]
         t = torch.cat(times).to(model.device)
         text = self.context.conditions.text([rollout.prompts[place] for place in places], model.device)
-        return noised(x0, eps, t), t, text, eps - x0
+        state, times, mask = network_input(x0, eps, t, pinned=self.context.conditions.has_first_frames)
+        return state, times, text, eps - x0, mask
 
     @torch.no_grad()
     def _old_velocities(self, rollout: _Rollout, part: Int[Tensor, "P 2"], number: int) -> list[Tensor]:
@@ -163,16 +165,16 @@ class NFT:
         settings, context = self.settings, self.context
         sums = torch.zeros(2, device=context.model.device)
         for piece, velocity_old in zip(self._local(rollout, part), old, strict=True):
-            state, t, text, target = self._states(rollout, piece, number)
+            state, t, text, target, mask = self._states(rollout, piece, number)
             kl = torch.zeros(len(piece), device=state.device)
             if settings.kl > 0:
                 with torch.no_grad(), context.policy.reference():
                     reference = context.model.predict_velocity(state, t, text)
             velocity = context.model.predict_velocity(state, t, text)
             if settings.kl > 0:
-                kl = velocity_error(velocity, reference)
+                kl = velocity_error(velocity, reference, mask)
             optimality = optimality_of(rollout.advantages[piece[:, 0]], settings.advantage_clip).to(state)
-            loss = nft_loss(velocity, velocity_old, target, optimality, settings.beta) + settings.kl * kl
+            loss = nft_loss(velocity, velocity_old, target, optimality, settings.beta, mask) + settings.kl * kl
             (loss.sum() / len(part)).backward()
             sums += torch.stack([loss.detach().sum(), kl.detach().sum()])
         return sums

@@ -17,7 +17,7 @@ from torch import Tensor
 from vggrpo.posttraining.algorithm import Context
 from vggrpo.posttraining.batches import items_of, mean_over_processes, share_of
 from vggrpo.posttraining.clips import Clips, best_clips_of_base, clips_of_videos
-from vggrpo.posttraining.forward_losses import drawn_times, noised, velocity_error
+from vggrpo.posttraining.forward_losses import drawn_times, network_input, velocity_error
 from vggrpo.sampling.seeds import derive_seed, seeded_noise
 from vggrpo.tracking import Stopwatch
 
@@ -76,9 +76,10 @@ class SFT:
     def _loss(self, x0: Tensor, prompts: list[str], t: Tensor, noise: list[int]) -> Float[Tensor, " B"]:
         model = self.context.model
         eps = seeded_noise(noise, x0.shape[1:], model.device)
-        t = t.to(model.device)
-        velocity = model.predict_velocity(noised(x0, eps, t), t, self.context.conditions.text(prompts, model.device))
-        return velocity_error(velocity, eps - x0)
+        pinned = self.context.conditions.has_first_frames
+        state, times, mask = network_input(x0, eps, t.to(model.device), pinned=pinned)
+        velocity = model.predict_velocity(state, times, self.context.conditions.text(prompts, model.device))
+        return velocity_error(velocity, eps - x0, mask)
 
     def _prepared(self) -> Clips:
         if self._clips is None:

@@ -1,7 +1,7 @@
 """The trainer that the algorithms share: load, resume, loop, log, checkpoint, export.
 
 A run is a directory. Running again goes on from its last whole checkpoint, bit for bit; SIGINT or SIGTERM saves at the
-end of the update.
+end of the update, and so does a rule of `config.stop`, which ends the run for good.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from vggrpo.posttraining.conditions import Conditions, load_prompts
 from vggrpo.posttraining.policy import Policy, exported
 from vggrpo.posttraining.scoring import GeometryReader, check_rewards
 from vggrpo.posttraining.validation import Validation, validation_prompts
+from vggrpo.posttraining.watch import StopRule
 from vggrpo.rewards.registry import audited_options
 from vggrpo.sampling.seeds import derive_seed
 from vggrpo.tracking import Stopwatch, Tracker
@@ -77,17 +78,10 @@ def train(
     fingerprint = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
     _check_resume(checkpoint, config, fingerprint)
     result = exported(config, output)
-    if checkpoint is not None and checkpoint.step >= config.updates and result.is_dir():
+    if checkpoint is not None and result.is_dir() and _is_finished(checkpoint, config):
         return result
     with _advice():
-        fixed = validation_prompts(config)
-        conditions = Conditions(config, prompts, fixed)
-        model = _prepare_model(config, model, conditions, processes)
-        if algorithm.needs_lgm:
-            lgm = lgm or load_reader(config, model)
-        policy = Policy(config, model, processes)
-        reader = lgm if algorithm.needs_lgm else None
-        context = Context(config, model, policy, reader, prompts, conditions, processes)
+        context, fixed = _prepare(config, algorithm, model, lgm, prompts, processes)
         run = _Run(context, algorithm(context), Validation(context, fixed), fingerprint)
         torch.manual_seed(derive_seed(config.seed, "torch", processes.rank))
         start = run.resume(checkpoint) if checkpoint is not None else 0
@@ -107,6 +101,35 @@ def train(
     return result
 
 
+def _prepare(
+    config: TrainConfig,
+    algorithm: type[Algorithm],
+    model: VideoModel | None,
+    lgm: GeometryReader | None,
+    prompts: Sequence[str],
+    processes: Processes,
+) -> tuple[Context, list[str]]:
+    """Everything loaded and encoded, the policy's parameters in place; and the prompts of validation."""
+    fixed = validation_prompts(config)
+    conditions = Conditions(config, prompts, fixed)
+    model = _prepare_model(config, model, conditions, processes)
+    if algorithm.needs_lgm:
+        lgm = lgm or load_reader(config, model)
+    policy = Policy(config, model, processes)
+    reader = lgm if algorithm.needs_lgm else None
+    return Context(config, model, policy, reader, prompts, conditions, processes), fixed
+
+
+def _is_finished(checkpoint: Checkpoint, config: TrainConfig) -> bool:
+    """Whether nothing is left to do: all updates are done, or a rule of `config.stop` ended the run."""
+    if checkpoint.step >= config.updates:
+        return True
+    reason = StopRule(config.stop, checkpoint.state.get("stop")).reason()
+    if reason is not None:
+        logger.warning("%s ended after update %d of %d: %s", config.output, checkpoint.step, config.updates, reason)
+    return reason is not None
+
+
 class _Run:
     """Everything that changes while a run goes on."""
 
@@ -114,11 +137,14 @@ class _Run:
         self.config, self.policy, self.processes = context.config, context.policy, context.processes
         self.model, self.algorithm, self.fingerprint = context.model, algorithm, fingerprint
         self.validation = validation
+        self.rule = StopRule(context.config.stop)
         self.output = Path(context.config.output)
 
     def loop(self, start: int, tracker: Tracker, stop: threading.Event) -> None:
-        """Do the remaining updates; save every `save_every`, at the end, and when asked to stop."""
-        for number in range(start, self.config.updates):
+        """Do the remaining updates; save every `save_every`, at the end, when asked to, and when a rule ends it."""
+        last = start if self.rule.reason() else self.config.updates  # a rule ended it before the export was whole
+        done = min(start, last)
+        for number in range(start, last):
             if self.validation.due(number):
                 tracker.validate(number, *self.validation.run())
             watch = Stopwatch(self.model.device)
@@ -126,16 +152,24 @@ class _Run:
                 metrics = self.algorithm.update(number, watch)
             done = number + 1
             stopping = self.processes.any(stop.is_set(), self.model.device)
+            self.rule.observe(metrics, watch.seconds["total"])
+            reason = self.rule.reason()
+            # Seconds differ between processes, and one that ends must not leave the others waiting.
+            ended = self.processes.any(reason is not None, self.model.device)
             # The log line goes first: a checkpoint must never know more updates than the log.
             tracker.log(number, metrics | {f"seconds/{name}": seconds for name, seconds in watch.seconds.items()})
-            if done % self.config.save_every == 0 or done == self.config.updates or stopping:
+            if done % self.config.save_every == 0 or done == self.config.updates or stopping or ended:
                 self.save(done)
+            if ended and done < self.config.updates:
+                logger.warning("stopped after update %d of %d: %s", done, last, reason or "another process' time is up")
+                last = done
+                break
             if stopping and done < self.config.updates:
                 raise KeyboardInterrupt(f"stopped after update {done} of {self.config.updates}; run again to go on")
         if self.config.validation.every:
-            tracker.validate(self.config.updates, *self.validation.run())
-        if self.config.validation.every or start >= self.config.updates:
-            self.export(max(start, self.config.updates))
+            tracker.validate(done, *self.validation.run())
+        if self.config.validation.every or start >= last:
+            self.export(max(start, done))
 
     def export(self, step: int) -> None:
         """The weights as diffusers loads them, with their model card; all processes take part."""
@@ -154,6 +188,7 @@ class _Run:
                 "config": self.config.model_dump(mode="json"),
                 "prompts": self.fingerprint,
                 "algorithm": self.algorithm.state(),
+                "stop": self.rule.state(),
                 "versions": _versions(),
             }
             save_checkpoint(self.output / "checkpoints", step, tensors, state, keep_last=self.config.keep_last)
@@ -170,6 +205,7 @@ class _Run:
             if "cuda" in random and self.model.device.type == "cuda":
                 torch.cuda.set_rng_state(random["cuda"], self.model.device)
         self.algorithm.load_state(checkpoint.state["algorithm"])
+        self.rule = StopRule(self.config.stop, checkpoint.state.get("stop"))
         if _versions() != checkpoint.state["versions"]:
             logger.warning(
                 "the checkpoint was made with %s, this is %s: the run goes on, but not bit for bit",
@@ -207,6 +243,8 @@ def _prepare_model(
             load_vae=decodes or images,
             load_text=bool(conditions.missing_prompts()),
         )
+    if conditions.has_first_frames and not model.frame_times:
+        raise UserError("data.first_frames needs a model with a time per frame; use Wan2.2-TI2V-5B")
     conditions.encode(model, processes)
     if not given:
         model.release_encoders(vae=not decodes)

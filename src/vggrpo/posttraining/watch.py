@@ -1,7 +1,8 @@
 """What is watched beside the loss: rewards, their spread, and whether the videos stand still.
 
 The cheapest consistent world is an empty, still one. So the camera's travel and the share of moving pixels are measured
-on the base model too, once per prompt and with the same sampler, and a run whose motion falls far below warns.
+on the base model too, once per prompt and with the same sampler, and a run whose motion falls far below warns. A
+`StopRule` goes further and ends the run.
 """
 
 from __future__ import annotations
@@ -9,10 +10,13 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from vggrpo.config_algorithms import StopConfig
 
 logger = logging.getLogger(__name__)
 MEMORY = 10
@@ -61,6 +65,60 @@ class MotionWatch:
             "camera_travel_ratio": ratios[0],
             "dynamic_share_ratio": ratios[1],
         }
+
+
+class StopRule:
+    """Whether a run should end now, by what its log says (`config.stop`).
+
+    Args:
+        settings: the thresholds.
+        state: what `state` gave, of an earlier part of the run.
+    """
+
+    # the log's name of the quantity -> (field of the config, words, whether it must not fall; else not rise)
+    WATCHED: ClassVar[dict[str, tuple[str, str, bool]]] = {
+        "camera_travel_ratio": ("travel_below", "the camera travel relative to the base model", True),
+        "dynamic_share_ratio": ("dynamics_below", "the share of moving pixels relative to the base model", True),
+        "kl": ("kl_above", "the KL to the base model", False),
+    }
+
+    def __init__(self, settings: StopConfig, state: Mapping[str, Any] | None = None) -> None:
+        self.settings = settings
+        self.recent: dict[str, list[float]] = dict((state or {}).get("recent", {}))
+        self.seconds: float = (state or {}).get("seconds", 0.0)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must hold (JSON)."""
+        return {"recent": self.recent, "seconds": self.seconds}
+
+    def observe(self, metrics: Mapping[str, float], seconds: float) -> None:
+        """Take in the log line of one update, which took so many seconds."""
+        self.seconds += seconds
+        for name, (field, _, _) in self.WATCHED.items():
+            if name in metrics:
+                self.recent[name] = [*self.recent.get(name, []), float(metrics[name])][-max(MEMORY, self._memory) :]
+            elif getattr(self.settings, field) and name not in self.recent:
+                logger.warning("stop.%s has no effect: this algorithm does not log %s", field, name)
+                self.recent[name] = []
+
+    def reason(self) -> str | None:
+        """Why the run should end, None if it should go on."""
+        for name, (field, words, floor) in self.WATCHED.items():
+            limit, values = getattr(self.settings, field), self.recent.get(name, [])[-self._memory :]
+            if not limit or len(values) < self._memory:
+                continue
+            average = mean_of(torch.tensor(values))
+            if average < limit if floor else average > limit:
+                side = "under" if floor else "above"
+                return f"{words} is {average:.3g} on average over {self._memory} updates, {side} stop.{field} {limit:g}"
+        limit = self.settings.seconds_above
+        if limit is not None and self.seconds >= limit:
+            return f"its updates took {self.seconds:.0f} s, and stop.seconds_above is {limit:g}"
+        return None
+
+    @property
+    def _memory(self) -> int:
+        return self.settings.memory
 
 
 def reward_metrics(

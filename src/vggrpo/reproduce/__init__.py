@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vggrpo.reproduce.recipes import STUDIES, TABLES, Arm, Table
-from vggrpo.reproduce.run import Settings, reproduce
+from vggrpo.reproduce.run import reproduce
+from vggrpo.reproduce.settings import Settings
 
 __all__ = ["STUDIES", "TABLES", "Arm", "Settings", "Table", "reproduce"]

@@ -6,7 +6,7 @@ are one run, so tables share what they have in common.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vggrpo.config import TrainConfig
 
@@ -21,8 +21,11 @@ class Arm:
         name: also of its run.
         about: one sentence.
         train: config overrides of its training; None: the base model.
+        lgm: overrides of the LGM recipe: rewards are read through an LGM that is trained with them; None: the shipped
+            (or configured) one.
+        seconds_of: the arm that it trains as long as, by its seconds; "": for as many videos as the GRPO recipe.
         lora_of: the arm whose LoRA it samples with; "": its own (or none, if it is not trained).
-        guidance: scale of latent reward guidance.
+        guidance: scale of latent reward guidance; None: none. 0 must change nothing, and that is checked.
         detach: guidance without the video model's gradient.
         candidates: best of so many.
         group: factor on K; prompts per update (or updates) change so that the videos stay as many.
@@ -31,8 +34,10 @@ class Arm:
     name: str
     about: str
     train: tuple[str, ...] | None = None
+    lgm: tuple[str, ...] | None = None
+    seconds_of: str = ""
     lora_of: str = ""
-    guidance: float = 0.0
+    guidance: float | None = None
     detach: bool = False
     candidates: int = 1
     group: float = 1.0
@@ -49,19 +54,36 @@ class Table:
 
 
 VGGRPO = Arm("vggrpo", "GRPO on the motion and the geometry reward, read from latents", ())
+RIVALS = (
+    Arm("sft", "flow matching on the base model's best clips", ("algorithm=sft",)),
+    Arm("dpo-epipolar", "flow-DPO, pairs by the Sampson error of matches", ("algorithm=dpo",)),
+    Arm("dpo-geometry", "flow-DPO, pairs by reprojection in RGB", ("algorithm=dpo", "dpo.pairs=geometry")),
+    VGGRPO,
+    Arm("nft", "forward-process RL on the same rewards", ("algorithm=nft",)),
+    Arm("direct", "backpropagation of the same rewards", ("algorithm=direct",)),
+)
+BARE = ("grpo.kl=1e-9", f"rewards={{{_MOTION}: 1.0, {_GEOMETRY}: 1.0}}")  # the KL is measured and does not act
+FAR = (
+    Arm("far", "the recipe, trained far past its end", ()),
+    Arm("far-bare", "the same without KL and hinge", BARE),
+)
+"""Arms of the study of reward hacking."""
+
+
+def _as_long(arm: Arm) -> Arm:
+    return replace(arm, name=f"{arm.name}-seconds", about=f"{arm.about}, as long as VGGRPO", seconds_of=VGGRPO.name)
+
 
 TABLES: dict[str, Table] = {
     "main": Table(
         "Main comparison",
         "VGGRPO is ahead of SFT and of both DPO rivals on static and on dynamic prompts.",
-        (
-            Arm("sft", "flow matching on the base model's best clips", ("algorithm=sft",)),
-            Arm("dpo-epipolar", "flow-DPO, pairs by the Sampson error of matches", ("algorithm=dpo",)),
-            Arm("dpo-geometry", "flow-DPO, pairs by reprojection in RGB", ("algorithm=dpo", "dpo.pairs=geometry")),
-            VGGRPO,
-            Arm("nft", "forward-process RL on the same rewards", ("algorithm=nft",)),
-            Arm("direct", "backpropagation of the same rewards", ("algorithm=direct",)),
-        ),
+        RIVALS,
+    ),
+    "main-seconds": Table(
+        "Main comparison, equal seconds of training",
+        "VGGRPO is ahead of SFT and of both DPO rivals on static and on dynamic prompts.",
+        tuple(arm if arm is VGGRPO else _as_long(arm) for arm in RIVALS),
     ),
     "rewards": Table(
         "Ablation of the rewards and of the update",
@@ -92,6 +114,17 @@ TABLES: dict[str, Table] = {
         ),
         ("world-dynamic", "world-static"),
     ),
+    "lgm": Table(
+        "Ablation of the LGM that the rewards are read through",
+        "Generated clips among the training data close the gap to generated latents.",
+        (
+            VGGRPO,
+            Arm("lgm-recipe", "an LGM by the short recipe: rendered and generated clips, a view per latent frame",
+                (), lgm=()),
+            Arm("lgm-rendered-only", "the same, trained without generated clips", (), lgm=("clips.generated_share=0",)),
+            Arm("lgm-every-frame", "the same, a view per RGB frame", (), lgm=("stitch.view_rate=frame",)),
+        ),
+    ),
     "generalisation": Table(
         "Prompts of another style than those of training",
         "The gain carries over to standard benchmark prompts.",
@@ -102,6 +135,7 @@ TABLES: dict[str, Table] = {
         "Test-time latent reward guidance",
         "Guidance improves base and tuned models without training.",
         (
+            Arm("guided-0", "guidance, scale 0: must be the base model, bit for bit", guidance=0.0),
             Arm("guided-30", "guidance, scale 30", guidance=30.0),
             Arm("guided-100", "guidance, scale 100", guidance=100.0),
             Arm("guided-300", "guidance, scale 300", guidance=300.0),
@@ -115,8 +149,9 @@ TABLES: dict[str, Table] = {
 STUDIES = {
     "efficiency": "Cost of a reward: through latents and through RGB frames",
     "robustness": "What noise on the latents does to the LGM and to decode-then-geometry",
+    "hacking": "Training far past the optimum: which watch sees it first",
 }
-"""Recipes that train nothing: `vggrpo analyze-lgm` answers them."""
+"""Recipes that are no comparison of arms. The first two train nothing: `vggrpo analyze-lgm` answers them."""
 
 
 def equal_budget(config: TrainConfig, prompts: int, group: float = 1.0) -> list[str]:

@@ -57,19 +57,62 @@ def _markdown(result: Mapping[str, Any], picture: str) -> str:
         lines += [f"## {prompt_set}", "", "Difference from the base model, mean over prompts [95 % interval].", ""]
         lines += ["| arm | " + " | ".join(_head(name, rows) for name in names) + " | motion ratio | counts |"]
         lines += ["|" + "---|" * (len(names) + 3)]
-        bases = " | ".join(_number(first["metrics"].get(name, {}).get("base")) for name in names)
+        bases = " | ".join(number_cell(first["metrics"].get(name, {}).get("base")) for name in names)
         lines += [f"| base | {bases} | 1 | |"]
         for arm, row in rows.items():
-            cells = " | ".join(_difference(row["metrics"].get(name)) for name in names)
-            lines += [f"| {arm} | {cells} | {_number(row['motion_ratio'])} | {'yes' if row['counts'] else 'no'} |"]
+            cells = " | ".join(difference_cell(row["metrics"].get(name)) for name in names)
+            lines += [f"| {arm} | {cells} | {number_cell(row['motion_ratio'])} | {'yes' if row['counts'] else 'no'} |"]
         lines += [""]
-    lines += ["## Arms and budgets", "", "| arm | what | training videos | training seconds | seconds a video |"]
-    lines += ["|---|---|---|---|---|"]
-    for arm, about in result["arms"].items():
-        numbers = (about.get("training_videos"), about.get("training_seconds"),
-                   about.get("sampling", {}).get("seconds_per_video"))  # fmt: skip
-        lines += [f"| {arm} | {about['about']} | " + " | ".join(_number(number) for number in numbers) + " |"]
-    return "\n".join([*lines, "", *_footer(result)]) + "\n"
+    lines += [*_exactly_off(result["sets"]), *_budgets(result["arms"]), *_lgms(result["arms"])]
+    return "\n".join([*lines, *footer(result)]) + "\n"
+
+
+def _budgets(arms: Mapping[str, Any]) -> list[str]:
+    """What each arm spent in training, and what a video costs to sample."""
+    lines = ["## Arms and budgets", "", "| arm | what | training videos | updates | training seconds | seconds a video "
+             "| network passes a video | gradients a video |", "|" + "---|" * 8]  # fmt: skip
+    for arm, about in arms.items():
+        cost = about.get("sampling", {})
+        numbers = [about.get(f"training_{name}") for name in ("videos", "updates", "seconds")]
+        numbers += [cost.get(f"{name}_per_video") for name in ("seconds", "network_passes")]
+        gradients = [cost.get(f"{name}_gradients_per_video") for name in ("network", "reward")]
+        cells = [number_cell(number) for number in numbers]
+        cells.append(
+            " + ".join(f"{n} {word}" for n, word in zip(gradients, ("network", "LGM"), strict=True) if n) or "-"
+        )
+        lines += [f"| {arm} | {about['about']} | " + " | ".join(cells) + " |"]
+    return [*lines, ""]
+
+
+def _exactly_off(sets: Mapping[str, Any]) -> list[str]:
+    """Which guided arms made the base model's own latents."""
+    found: dict[str, bool] = {}
+    for rows in sets.values():
+        for arm in [arm for arm, row in rows.items() if "equal_to_base" in row]:
+            found[arm] = found.get(arm, True) and rows[arm]["equal_to_base"]
+    if not found:
+        return []
+    equal = [arm for arm, same in found.items() if same]
+    return [f"Latents equal to the base model's, bit for bit: {', '.join(equal) or 'none'}.", ""]
+
+
+def _lgms(arms: Mapping[str, Any]) -> list[str]:
+    """Errors and audits of the LGMs that arms trained for themselves."""
+    made = {arm: about["lgm"] for arm, about in arms.items() if about.get("lgm")}
+    if not made:
+        return []
+    errors = sorted({name for lgm in made.values() for name in lgm["card"]["heldout_errors_against_teacher"]})
+    lines = ["## LGMs of the arms", "",
+             "Errors on held-out clips against the teacher; the reward audit: floor over base, agreement of `e_geo` "
+             "with the truth of rendered and with the judge on generated clips.", ""]  # fmt: skip
+    lines += ["| arm | updates | clips | " + " | ".join(errors) + " | floor / base | truth | judge |"]
+    lines += ["|" + "---|" * (len(errors) + 6)]
+    for arm, lgm in made.items():
+        card, audit = lgm["card"], lgm.get("audit", {})
+        numbers = [card["updates"], card["clips"], *(card["heldout_errors_against_teacher"].get(n) for n in errors)]
+        numbers += [audit.get("ratio"), *(audit.get(f"spearman_{who}", {}).get("e_geo") for who in ("truth", "judge"))]
+        lines += [f"| {arm} | " + " | ".join(number_cell(number) for number in numbers) + " |"]
+    return [*lines, ""]
 
 
 def _study_markdown(result: Mapping[str, Any]) -> str:
@@ -86,9 +129,9 @@ def _study_markdown(result: Mapping[str, Any]) -> str:
             peak = row.get("peak_bytes")
             numbers = (row["flops"] / 1e12, row["flops_of_rgb"], row.get("seconds"), row.get("time_of_rgb"),
                        None if peak is None else peak / 2**30)  # fmt: skip
-            lines += [f"| {path} | " + " | ".join(_number(number) for number in numbers) + " |"]
+            lines += [f"| {path} | " + " | ".join(number_cell(number) for number in numbers) + " |"]
         lines += [""]
-    return "\n".join([*lines, *_footer(result)[2:]]) + "\n"
+    return "\n".join([*lines, *footer(result)[2:]]) + "\n"
 
 
 def _noise_table(noise: Mapping[str, Any], reference: str) -> list[str]:
@@ -97,13 +140,14 @@ def _noise_table(noise: Mapping[str, Any], reference: str) -> list[str]:
     lines = [f"Errors against {reference}: LGM / decode, then the RGB model.", ""]
     lines += ["| noise | " + " | ".join(names) + " |", "|" + "---|" * (len(names) + 1)]
     for i, level in enumerate(noise["levels"]):
-        pairs = [f"{_number(noise['lgm'][n][i])} / {_number(noise['decode_then_rgb'][n][i])}" for n in names]
+        pairs = [f"{number_cell(noise['lgm'][n][i])} / {number_cell(noise['decode_then_rgb'][n][i])}" for n in names]
         lines += [f"| {level:g} | " + " | ".join(pairs) + " |"]
-    better = [_number(noise["lgm_better_from"][name]) for name in names]
+    better = [number_cell(noise["lgm_better_from"][name]) for name in names]
     return [*lines, "| LGM better from | " + " | ".join(better) + " |", ""]
 
 
-def _footer(result: Mapping[str, Any]) -> list[str]:
+def footer(result: Mapping[str, Any]) -> list[str]:
+    """Sizes and machine."""
     settings, where = result["settings"], result["machine"]
     return [
         f"Recipe `{settings['config']}`, {settings['seeds']} training seeds, at most {settings['prompts']} prompts a "
@@ -120,11 +164,13 @@ def _head(name: str, rows: Mapping[str, Any]) -> str:
     return f"{name} ({'higher' if found['higher_is_better'] else 'lower'} is better)"
 
 
-def _number(value: float | None) -> str:
+def number_cell(value: float | None) -> str:
+    """Four digits, or a dash."""
     return "-" if value is None else f"{value:.4g}"
 
 
-def _difference(entry: Mapping[str, Any] | None) -> str:
+def difference_cell(entry: Mapping[str, Any] | None) -> str:
+    """A difference with its interval, marked where it is clearly better or worse."""
     if entry is None or entry["diff"] is None:
         return "-"
     if entry["ci_low"] is None or entry["ci_high"] is None:

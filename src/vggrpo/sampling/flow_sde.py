@@ -32,8 +32,9 @@ deterministic.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -107,21 +108,18 @@ def sde_step(
     """Take (or score) one stochastic step from `t` to `t_next`; see the module for the formulas.
 
     Args:
-        sample: x at `t`, (B, ...). Computed in float32, or float64 if given so.
-        velocity: the network's `eps - x0` at (sample, t).
-        t: flow time in (0, 1], a number or broadcastable to the sample.
-        t_next: the time to go to, `0 <= t_next < t`.
+        sample, velocity: x at `t`, and the network's `eps - x0` there; float32, or float64 if given so.
+        t, t_next: flow times, `0 <= t_next < t <= 1`; numbers, or broadcastable to the sample.
         noise_level: `a`; larger explores more. `flow_grpo_wan` takes its scale from `sigma_min`, `sigma_max` instead.
         variant: which noise scale and which step.
         max_t: `flow_grpo` only: above it, `t_next` stands in for `t` in `1 - t` of the noise scale.
-        noise: standard normal noise to use; drawn (from `generator`) when neither it nor `next_sample` is given.
+        noise: standard normal noise; drawn from `generator` when neither it nor `next_sample` is given.
         next_sample: score this step instead of taking one (replay); the log-probability then carries gradients to
             `velocity`.
         mask: True where the policy acts, broadcastable to the sample. Elsewhere the sample is held: not moved, noised
             or counted.
         generator: source of the noise.
-        sigma_min: `flow_grpo_wan`: s at t = 0.
-        sigma_max: `flow_grpo_wan`: s at t = 1.
+        sigma_min, sigma_max: `flow_grpo_wan`: s at t = 0 and at t = 1.
 
     Raises:
         UserError: for a deterministic step (no noise has no log-probability), an unknown variant, or times out of
@@ -129,24 +127,9 @@ def sde_step(
     """
     dtype = torch.promote_types(sample.dtype, torch.float32)
     sample, velocity = sample.to(dtype), velocity.to(dtype)
-    if isinstance(t, float) and isinstance(t_next, float) and not 0 <= t_next < t <= 1:
-        raise UserError(f"times must be 0 <= t_next < t <= 1, got t {t} and t_next {t_next}")
-    t, t_next = _time(t, sample), _time(t_next, sample)
-    if noise_level <= 0 and variant != "flow_grpo_wan":
-        raise UserError(
-            f"noise_level must be > 0, got {noise_level}: a deterministic step has no log-probability; use ode_step"
-        )
-    if variant == "cps":
-        std = t_next * math.sin(noise_level * math.pi / 2)
-        x0, eps = sample - t * velocity, sample + (1 - t) * velocity
-        mean = (1 - t_next) * x0 + torch.sqrt(t_next**2 - std**2) * eps
-    else:
-        scale = diffusion_scale(
-            t, t_next, noise_level=noise_level, variant=variant, max_t=max_t, sigma_min=sigma_min, sigma_max=sigma_max
-        )
-        dt = t_next - t
-        std = scale * torch.sqrt(-dt)
-        mean = sample + (velocity + scale**2 / (2 * t) * (sample + (1 - t) * velocity)) * dt
+    _check_step(t, t_next, noise_level, variant)
+    scale = {"noise_level": noise_level, "max_t": max_t, "sigma_min": sigma_min, "sigma_max": sigma_max}
+    mean, std = _gaussian(sample, velocity, _time(t, sample), _time(t_next, sample), variant, scale)
     acts = None if mask is None else mask.to(sample.device).expand_as(sample)
     if acts is not None:
         mean = torch.where(acts, mean, sample)
@@ -158,6 +141,28 @@ def sde_step(
     else:
         next_sample = next_sample.to(dtype)
     return SDEStep(next_sample, mean, std, _log_prob(next_sample.detach(), mean, std, variant, acts))
+
+
+def _check_step(t: float | Tensor, t_next: float | Tensor, noise_level: float, variant: str) -> None:
+    if isinstance(t, float) and isinstance(t_next, float) and not 0 <= t_next < t <= 1:
+        raise UserError(f"times must be 0 <= t_next < t <= 1, got t {t} and t_next {t_next}")
+    if noise_level <= 0 and variant != "flow_grpo_wan":
+        raise UserError(
+            f"noise_level must be > 0, got {noise_level}: a deterministic step has no log-probability; use ode_step"
+        )
+
+
+def _gaussian(
+    sample: Tensor, velocity: Tensor, t: Tensor, t_next: Tensor, variant: Variant, scale: Mapping[str, Any]
+) -> tuple[Float[Tensor, "B ..."], Float[Tensor, ...]]:
+    """Mean and standard deviation of the step; `scale`: the arguments of `diffusion_scale`."""
+    if variant == "cps":
+        std = t_next * math.sin(scale["noise_level"] * math.pi / 2)
+        x0, eps = sample - t * velocity, sample + (1 - t) * velocity
+        return (1 - t_next) * x0 + torch.sqrt(t_next**2 - std**2) * eps, std
+    s = diffusion_scale(t, t_next, variant=variant, **scale)
+    dt = t_next - t
+    return sample + (velocity + s**2 / (2 * t) * (sample + (1 - t) * velocity)) * dt, s * torch.sqrt(-dt)
 
 
 def ode_step(

@@ -65,60 +65,59 @@ def generate_videos(
     again.
 
     Args:
-        prompts: one or more.
+        prompts, seeds: one or more; one video a prompt and seed.
         output: directory; may hold other arms already.
         pipeline: directory or hub id; "embedded" is the shipped one.
         lora: LoRA file or directory, or the directory of a whole transformer that training exported.
         arm: name in the manifest; default "tuned" with a LoRA, else "base".
-        seeds: videos per prompt, one a seed.
-        num_steps: denoising steps.
-        guidance_scale: classifier-free guidance against the empty prompt, 1 = none.
-        num_frames: 4n+1.
-        size: (height, width) in pixels.
-        fps: frames per second in the file.
-        micro_batch: videos at once.
-        device: "auto", "cpu", "cuda", ...
-        dtype: of transformer and text encoder.
+        num_steps, guidance_scale: denoising steps; classifier-free guidance against the empty prompt, 1 = none.
+        num_frames, size, fps: 4n+1 frames of (height, width) pixels; frames per second in the file.
+        micro_batch, device, dtype: videos at once; "auto", "cpu", "cuda", ...; of transformer and text encoder.
         save_latents: also write the normalised latents, `*.safetensors` with the key `latents`, (C, T', H', W').
         steering: guidance by a latent reward, or the best of several candidates; None is plain sampling. What a video
             cost is in `OUTPUT/ARM/cost.json` either way.
         first_frames: an image for each prompt that its videos start from (Wan2.2-TI2V); None: text to video.
 
-    Returns:
-        The manifest.
+    Returns the manifest.
     """
     if not prompts:
         raise UserError("there is no prompt; give at least one")
-    arm = arm or ("tuned" if lora is not None else "base")
-    seeds = list(seeds)
+    arm, seeds = arm or ("tuned" if lora is not None else "base"), list(seeds)
     folder = ensure_directory(Path(output) / arm)
-    settings = {
-        "pipeline": str(pipeline),
-        "lora": None if lora is None else _digest(lora),
-        "num_steps": num_steps,
-        "guidance_scale": guidance_scale,
-        "num_frames": num_frames,
-        "size": list(size),
-        "fps": fps,
-        "dtype": dtype,
-        **({"guidance": None, "best_of": None} if steering is None else steering.settings()),
-        "first_frames": None if first_frames is None else [_file_digest(Path(file)) for file in first_frames],
-    }
-    _check_settings(folder / "settings.json", settings)
+    made_by = {"num_steps": num_steps, "guidance_scale": guidance_scale, "num_frames": num_frames, "size": list(size),
+               "fps": fps, "dtype": dtype}  # fmt: skip
+    _check_settings(folder / "settings.json", made_by | _sources(pipeline, lora, steering, first_frames))
     wanted = [(i, seed, folder / f"{_stem(i, prompt, seed)}.mp4") for i, prompt in enumerate(prompts) for seed in seeds]
     missing = [job for job in wanted if not _is_done(job[2], save_latents)]
     if missing:
-        model = load_video_model(pipeline, device=device, dtype=dtype)
+        model = _load(pipeline, lora, device, dtype)
         shape = model.latent_spec.latent_shape(num_frames, *size)
-        if lora is not None:
-            load_tuned(model.transformer, lora)
         options: dict[str, Any] = {"shape": shape, "num_steps": num_steps, "guidance_scale": guidance_scale}
         for jobs in _batches(missing, micro_batch):
             options["first_frame"] = _first_latents(model, first_frames, [i for i, _, _ in jobs], size)
-            _make(model, [(prompts[i], video_seed(i, seed), path) for i, seed, path in jobs], folder, options, steering,
-                  fps, save_latents)  # fmt: skip
+            named = [(prompts[i], video_seed(i, seed), path) for i, seed, path in jobs]
+            _make(model, named, folder, options, steering, fps, save_latents)
     rows = [ManifestRow(f"{arm}/{path.name}", prompts[i], seed, fps, arm) for i, seed, path in wanted]
     return _write_rows(Path(output) / "manifest.jsonl", rows, arm)
+
+
+def _load(pipeline: str | Path, lora: str | Path | None, device: str, dtype: str) -> VideoModel:
+    model = load_video_model(pipeline, device=device, dtype=dtype)
+    if lora is not None:
+        load_tuned(model.transformer, lora)
+    return model
+
+
+def _sources(
+    pipeline: str | Path, lora: str | Path | None, steering: Steering | None, first_frames: Sequence[Path | str] | None
+) -> dict[str, Any]:
+    """Which weights, reward and images decide the videos."""
+    return {
+        "pipeline": str(pipeline),
+        "lora": None if lora is None else _digest(lora),
+        **({"guidance": None, "best_of": None} if steering is None else steering.settings()),
+        "first_frames": None if first_frames is None else [_file_digest(Path(file)) for file in first_frames],
+    }
 
 
 def _make(

@@ -17,7 +17,7 @@ from torch import Tensor
 from vggrpo.errors import UserError
 from vggrpo.models.base import VideoModel
 from vggrpo.sampling.first_frame import acted_frames, frame_times, pin_first_frame
-from vggrpo.sampling.flow_sde import Variant, ode_step, sde_step
+from vggrpo.sampling.flow_sde import SDEStep, Variant, ode_step, sde_step
 from vggrpo.sampling.seeds import derive_seed, seeded_noise
 
 
@@ -139,16 +139,12 @@ def rollout(
     """Sample B videos' latents.
 
     Args:
-        model: the policy.
-        text: one embedding per sample.
+        model, text: the policy, and one embedding per sample.
         shape: (C, T', H', W') of the latents.
-        noise_seeds: seed of each sample's initial noise.
-        step_seeds: seed of each sample's noise in the stochastic steps.
+        noise_seeds, step_seeds: seeds of each sample's initial noise, and of its noise in the stochastic steps.
         sigmas: schedule from 1 to 0.
-        sde_steps: indices of the stochastic steps; empty gives the ODE's sample.
-        noise: the noise of those steps.
-        guidance_scale: 1 = none.
-        negative_text: embedding for guidance.
+        sde_steps, noise: indices of the stochastic steps (empty gives the ODE's sample), and their noise.
+        guidance_scale, negative_text: 1 = no guidance, and the embedding that guidance needs.
         micro_batch: samples per network call; None = all.
         prompt_ids: which prompt each sample has; samples of one prompt and one noise seed then share the steps before
             the window.
@@ -161,15 +157,14 @@ def rollout(
     sigmas = sigmas.to(model.device)
     chunks = _Chunks(model, micro_batch or batch, guidance_scale, negative_text, first_frame is not None)
     mask = None if first_frame is None else acted_frames(shape[1], model.device)
-    shared, index = _distinct(prompt_ids, noise_seeds)
     start = steps[0] if steps else 0
+    shared, index = _distinct(prompt_ids, noise_seeds)
     latents = seeded_noise([noise_seeds[i] for i in shared], shape, model.device)
     latents = pin_first_frame(latents, None if first_frame is None else first_frame[shared])
     for i in range(start):
         velocity = chunks.velocity(latents, sigmas[i], text[shared])
         latents = ode_step(latents, velocity, sigmas[i], sigmas[i + 1], mask=mask)
-    latents = latents[index]
-    samples, next_samples, log_probs, means = [], [], [], []
+    latents, record = latents[index], _Record(offload, keep_means)
     for i in range(start, len(sigmas) - 1):
         velocity = chunks.velocity(latents, sigmas[i], text)
         if i not in steps:
@@ -177,15 +172,9 @@ def rollout(
             continue
         eps = seeded_noise([derive_seed(seed, i) for seed in step_seeds], shape, model.device)
         step = sde_step(latents, velocity, sigmas[i], sigmas[i + 1], noise=eps, mask=mask, **vars(noise))
-        samples.append(next_samples[-1] if next_samples and i - 1 in steps else _keep(latents, offload))
-        next_samples.append(_keep(step.next_sample, offload))
-        log_probs.append(step.log_prob)
-        means += [_keep(step.mean, offload)] if keep_means else []
+        record.add(latents, step, follows=i - 1 in steps)
         latents = step.next_sample
-    scores = torch.stack(log_probs, dim=1) if steps else latents.new_zeros(batch, 0)
-    return Trajectory(
-        latents, sigmas, steps, tuple(samples), tuple(next_samples), scores, tuple(means), mask is not None
-    )
+    return record.trajectory(latents, sigmas, steps, pinned=mask is not None)
 
 
 def ode_sample(
@@ -237,6 +226,30 @@ class _Chunks:
             for x, y in zip(latents.split(self.size), text.split(self.size), strict=True)
         ]
         return torch.cat(parts)
+
+
+class _Record:
+    """What the stochastic steps of a roll-out leave behind."""
+
+    def __init__(self, offload: bool, keep_means: bool) -> None:
+        self.offload, self.keep_means = offload, keep_means
+        self.samples: list[Tensor] = []
+        self.next_samples: list[Tensor] = []
+        self.log_probs: list[Tensor] = []
+        self.means: list[Tensor] = []
+
+    def add(self, latents: Tensor, step: SDEStep, *, follows: bool) -> None:
+        """A step from `latents`; `follows`: the step before it was stochastic too, and they share a state."""
+        self.samples.append(self.next_samples[-1] if follows else _keep(latents, self.offload))
+        self.next_samples.append(_keep(step.next_sample, self.offload))
+        self.log_probs.append(step.log_prob)
+        self.means += [_keep(step.mean, self.offload)] if self.keep_means else []
+
+    def trajectory(self, latents: Tensor, sigmas: Tensor, steps: tuple[int, ...], *, pinned: bool) -> Trajectory:
+        """With the clean latents that all of it led to."""
+        scores = torch.stack(self.log_probs, dim=1) if steps else latents.new_zeros(len(latents), 0)
+        kept = (tuple(self.samples), tuple(self.next_samples), scores, tuple(self.means))
+        return Trajectory(latents, sigmas, steps, *kept, pinned)
 
 
 def _distinct(prompt_ids: Sequence[int] | None, seeds: Sequence[int]) -> tuple[list[int], list[int]]:

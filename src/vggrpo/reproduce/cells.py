@@ -1,0 +1,162 @@
+"""The cells that tables are made of: one training of an arm, its videos on one prompt set with their metrics, and its
+comparison with the base model. Each keeps what it finished, so that none is done twice.
+
+    OUTPUT/runs/ARM-sN       training runs, one a seed
+    OUTPUT/SET/ARM-sN        videos and their latents
+    OUTPUT/SET/eval/ARM-sN   metrics of every video
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vggrpo.config import TrainConfig
+from vggrpo.evaluation import Comparison, compare, compare_quality, evaluate_manifest, summarise_comparison, verdict
+from vggrpo.evaluation.benchmarks import load_prompt_sets
+from vggrpo.evaluation.latent_scores import REWARDS, score_latents
+from vggrpo.io.manifest import read_jsonl
+from vggrpo.models.loading import pick_device
+from vggrpo.posttraining import train
+from vggrpo.posttraining.trainer import load_lgm
+from vggrpo.reproduce.lgms import trained_lgm
+from vggrpo.reproduce.recipes import TABLES, Arm
+from vggrpo.reproduce.settings import Settings, arm_config, run_logs, seconds_of
+from vggrpo.rewards.latent import WeightedLatentReward
+from vggrpo.sampling.generate import generate_videos
+from vggrpo.sampling.guidance import RewardGuidance
+from vggrpo.sampling.steering import Steering
+
+Row = dict[str, Any]
+Say = Callable[[str], None]
+GUIDING = {"camera_motion_smoothness": 1.0, "geometry_reprojection_consistency": 1.0}
+BASE = Arm("base", "the untouched model")
+
+
+def training_seeds(arm: Arm, settings: Settings) -> int:
+    """Training seeds of an arm; what is not trained has none, and counts once."""
+    return settings.seeds if arm.train is not None or arm.lora_of else 1
+
+
+def arm_named(name: str) -> Arm:
+    """The arm of that name in any table."""
+    return next(arm for table in TABLES.values() for arm in table.arms if arm.name == name)
+
+
+def trained(arm: Arm, seed: int, folder: Path, settings: Settings, say: Say) -> Path | None:
+    """The LoRA of an arm, trained if it is not there yet; None for an arm that samples with the base model."""
+    if arm.lora_of:
+        return trained(arm_named(arm.lora_of), seed, folder, settings, say)
+    if arm.train is None:
+        return None
+    if arm.lgm is not None:
+        say(f"LGM of {arm.name}")
+        trained_lgm(arm, settings, folder)
+    seconds = None
+    if arm.seconds_of:
+        trained(arm_named(arm.seconds_of), seed, folder, settings, say)
+        seconds = seconds_of(read_jsonl(folder / "runs" / f"{arm.seconds_of}-s{seed}" / "log.jsonl"))
+    say(f"train {arm.name}, seed {seed}")
+    return train(arm_config(arm, settings, folder, seed, seconds=seconds), progress=not settings.quick)
+
+
+def measured(arm: Arm, seed: int, prompt_set: str, folder: Path, settings: Settings, say: Say) -> list[Row]:
+    """Metrics rows of an arm's videos for one training seed, with the two rewards of their latents."""
+    lora = trained(arm, seed, folder, settings, say)
+    return measured_with(lora, f"{arm.name}-s{seed}", arm, prompt_set, folder, settings, say)
+
+
+def measured_with(
+    lora: Path | None, name: str, arm: Arm, prompt_set: str, folder: Path, settings: Settings, say: Say
+) -> list[Row]:
+    """`measured` with any LoRA, under the name that its folders get. The rewards are read through the recipe's LGM,
+    whatever the arm was trained with."""
+    prompts = [prompt.text for prompt in load_prompt_sets([prompt_set], settings.prompts)]
+    run_dir = folder / prompt_set
+    say(f"generate and evaluate {prompt_set}/{name}")
+    config = settings.recipe()
+    manifest = generate_videos(
+        prompts,
+        run_dir / name,
+        pipeline=config.model.path,
+        lora=lora,
+        arm=arm.name,
+        seeds=range(settings.videos),
+        num_steps=settings.steps,
+        guidance_scale=settings.guidance_scale,
+        num_frames=config.data.num_frames,
+        size=(config.data.height, config.data.width),
+        device=settings.device,
+        dtype=config.model.dtype,
+        save_latents=True,
+        steering=_steering(arm, config, settings),
+    )
+    rows = read_jsonl(evaluate_manifest(manifest, run_dir / "eval" / name, "fast"))
+    if all(REWARDS.keys() <= row["metrics"].keys() for row in rows):
+        return rows
+    return score_latents(run_dir, name, config.lgm.path, pick_device(settings.device))
+
+
+def _steering(arm: Arm, config: TrainConfig, settings: Settings) -> Steering | None:
+    if arm.guidance is None and arm.candidates == 1:
+        return None
+    reward = WeightedLatentReward(load_lgm(config.lgm.path, pick_device(settings.device)), GUIDING)
+    every = max(1, settings.steps * 2 // 5)  # the paper's share: steps 20 and 40 of 50
+    guidance = RewardGuidance(reward, arm.guidance or 0.0, every=every, detach_velocity=arm.detach)
+    return Steering(reward, "motion + geometry", guidance, arm.candidates)
+
+
+def pooled(runs: Sequence[Sequence[Row]]) -> list[Row]:
+    """Rows of several training seeds as seeds of the pair, so that they are averaged in a prompt."""
+    return [row | {"seed": 1000 * s + row["seed"]} for s, rows in enumerate(runs) for row in rows]
+
+
+def paired(base: Sequence[Row], runs: Sequence[Sequence[Row]]) -> Comparison:
+    """The runs of an arm against the base model's one."""
+    return compare(pooled([base] * len(runs)), pooled(runs))
+
+
+def compared(
+    arm: Arm, base: Sequence[Row], runs: Sequence[Sequence[Row]], prompt_set: str, folder: Path, settings: Settings
+) -> dict[str, Any]:
+    """A row of a table: differences from the base model, and whether they count."""
+    comparison = paired(base, runs)
+    manifests = [folder / prompt_set / name / "manifest.jsonl" for name in ("base-s0", f"{arm.name}-s0")]
+    kernel = compare_quality(manifests[0], manifests[1], reference=8 if settings.quick else 96)
+    judged = verdict(comparison, kernel)
+    row: dict[str, Any] = {
+        "metrics": summarise_comparison(comparison, kernel),
+        "motion_ratio": comparison.motion_ratio,
+        "training_seeds": len(runs),
+        "counts": judged.counts,
+        "checks": {name: {"outcome": outcome, "about": text} for name, (outcome, text) in judged.checks.items()},
+    }
+    if arm.guidance is not None:
+        row["equal_to_base"] = same_latents(manifests[0], manifests[1])
+    return row
+
+
+def same_latents(first: Path, second: Path) -> bool:
+    """Whether the videos of two manifests came from the same latents, bit for bit."""
+    files = [sorted(manifest.parent.rglob("*.safetensors")) for manifest in (first, second)]
+    names = [[file.name for file in side] for side in files]
+    return names[0] == names[1] and all(
+        one.read_bytes() == other.read_bytes() for one, other in zip(*files, strict=True)
+    )
+
+
+def spent(arm: Arm, folder: Path, settings: Settings) -> dict[str, Any]:
+    """Budgets: videos and seconds of training (mean of the seeds), and what one video costs to sample."""
+    logs = run_logs(arm.name, folder, training_seeds(arm, settings))
+    out: dict[str, Any] = {}
+    if logs:
+        out["training_videos"] = sum(sum(row.get("videos") or 0 for row in log) for log in logs) / len(logs)
+        out["training_seconds"] = sum(seconds_of(log) for log in logs) / len(logs)
+        out["training_updates"] = sum(len(log) for log in logs) / len(logs)
+    costs = sorted(folder.glob(f"*/{arm.name}-s0/{arm.name}/cost.json"))
+    if costs:
+        cost: Mapping[str, Any] = json.loads(costs[0].read_text())
+        out["sampling"] = {key: value for key, value in cost.items() if key.endswith(("per_video", "device"))}
+    return out

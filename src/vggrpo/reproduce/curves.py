@@ -1,0 +1,105 @@
+"""Curves against updates: what the study of reward hacking found, one row of panels an arm."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from vggrpo.io.atomic import atomic_path
+
+WIDTH, HEIGHT, MARGIN = 300, 190, 46
+_COLOURS = ((180, 90, 30), (40, 40, 200), (60, 140, 40), (150, 60, 150))  # BGR
+_GREY, _BLACK = (170, 170, 170), (30, 30, 30)
+Points = Sequence[tuple[float, float | None]]
+_FROM_LOG = (
+    ("travel, moving pixels / base", {"camera_travel_ratio": "travel", "dynamic_share_ratio": "moving"},
+     ("camera travel", "share of moving pixels")),
+    ("KL to the base model", {"kl": "kl"}, ("KL",)),
+)  # fmt: skip
+_FROM_VIDEOS = (
+    "motion_reward",
+    "geometry_reward",
+    "epipolar_inliers",
+    "judge_reprojection",
+    "adherence",
+    "motion_flow",
+)
+
+
+def draw_hacking(path: Path, arms: Mapping[str, Any], limits: Mapping[str, float]) -> None:
+    """Write the picture: dashes are thresholds, upright lines the first call of the watch."""
+    rows = [np.concatenate(_panels(name, found, limits), axis=1) for name, found in arms.items()]
+    picture = np.concatenate(rows, axis=0)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(cv2.imencode(".png", picture)[1].tobytes())
+
+
+def _panels(arm: str, found: Mapping[str, Any], limits: Mapping[str, float]) -> list[np.ndarray]:
+    panels = []
+    for title, columns, names in _FROM_LOG:
+        curves = {words: _numbered(found["log"].get(column, [])) for column, words in columns.items()}
+        calls = [found["watches"][name]["crossed"] for name in names]
+        panels.append(panel(f"{arm}: {title}", curves, [limits[name] for name in names], calls))
+    marks = [0, *found["marks"]]
+    for metric in _FROM_VIDEOS:
+        curves = {}
+        for prompt_set, row in found["sets"].items():
+            entries = [mark["metrics"].get(metric) for mark in row["marks"]]
+            base = entries[0]["base"] if entries and entries[0] else None
+            values = [base, *(None if entry is None else entry["tuned"] for entry in entries)]
+            curves[prompt_set] = list(zip(marks, values, strict=True))
+        calls = [found["watches"][metric]["crossed"]] if metric in found["watches"] else []
+        panels.append(panel(f"{arm}: {metric}", curves, [], calls))
+    return panels
+
+
+def _numbered(values: Sequence[float | None]) -> Points:
+    return [(i + 1, value) for i, value in enumerate(values)]
+
+
+def panel(title: str, curves: Mapping[str, Points], limits: Sequence[float], calls: Sequence[int | None]) -> np.ndarray:
+    """One diagram (HEIGHT, WIDTH, 3) uint8 BGR.
+
+    Args:
+        curves: by name, (update, value); None is left out.
+        limits: horizontal dashes.
+        calls: upright lines; None is left out.
+    """
+    canvas = np.full((HEIGHT, WIDTH, 3), 255, np.uint8)
+    _text(canvas, title, 6, 14)
+    known = {name: [(x, y) for x, y in points if y is not None] for name, points in curves.items()}
+    values = [y for points in known.values() for _, y in points] + [*limits]
+    last = max([x for points in known.values() for x, _ in points], default=1)
+    if not values:
+        _text(canvas, "not measured", 90, HEIGHT // 2)
+        return canvas
+    low, high = min(values), max(values)
+    extent = (high - low) or abs(high) or 1.0
+
+    def at(x: float, y: float) -> tuple[int, int]:
+        across = MARGIN + x / last * (WIDTH - MARGIN - 12)
+        return int(across), int(HEIGHT - 34 - (y - low) / extent * (HEIGHT - 64))
+
+    cv2.line(canvas, (MARGIN, HEIGHT - 28), (WIDTH - 8, HEIGHT - 28), _GREY, 1)
+    for y in (low, high):
+        _text(canvas, f"{y:.3g}", 2, at(0, y)[1] + 4)
+    _text(canvas, f"{last:g} updates", WIDTH - 90, HEIGHT - 8)
+    for limit in limits:
+        for x in range(MARGIN, WIDTH - 12, 10):
+            cv2.line(canvas, (x, at(0, limit)[1]), (x + 5, at(0, limit)[1]), _GREY, 1)
+    for call in [call for call in calls if call is not None]:
+        cv2.line(canvas, (at(call, low)[0], 20), (at(call, low)[0], HEIGHT - 28), _BLACK, 1)
+    for place, (name, points) in enumerate(known.items()):
+        colour = _COLOURS[place % len(_COLOURS)]
+        pixels = np.array([at(x, y) for x, y in points], np.int32).reshape(-1, 1, 2)
+        cv2.polylines(canvas, [pixels], False, colour, 1, cv2.LINE_AA)
+        _text(canvas, name, MARGIN + 6 + 110 * place, HEIGHT - 8 if len(known) == 1 else 28, colour)
+    return canvas
+
+
+def _text(canvas: np.ndarray, text: str, x: int, y: int, colour: tuple[int, int, int] = _BLACK) -> None:
+    cv2.putText(canvas, text, (x, y), cv2.FONT_HERSHEY_SIMPLEX, 0.36, colour, 1, cv2.LINE_AA)

@@ -1,0 +1,125 @@
+"""How large a reproduction is, and the training config that follows for each arm."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from vggrpo.config import EMBEDDED, TrainConfig, load_config
+from vggrpo.errors import UserError
+from vggrpo.io.atomic import atomic_write_json
+from vggrpo.io.manifest import read_jsonl
+from vggrpo.io.prompts import read_prompts
+from vggrpo.reproduce.recipes import Arm, equal_budget
+
+# The smallest run of every algorithm.
+_QUICK = (
+    "updates=1", "data.num_prompts=2", "sampling.num_steps=3", "sampling.window=1", "sampling.window_last=null",
+    "grpo.prompts_per_update=1", "grpo.samples_per_prompt=2", "grpo.base_travel_samples=1",
+)  # fmt: skip
+_ENDLESS = 1_000_000  # updates of a training that its seconds end
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How large a reproduction is.
+
+    Attributes:
+        config: training recipe.
+        lgm_config: recipe of the LGMs that arms train for themselves.
+        seeds: training runs per arm.
+        prompts: at most so many of each prompt set.
+        videos: videos per prompt and model.
+        steps: denoising steps.
+        guidance_scale: classifier-free guidance.
+        updates: of GRPO; None: the recipe's. The rivals get the same number of videos.
+        far: updates of the study of reward hacking; None: five times those of GRPO.
+        marks: how often that study looks at the model on the way.
+        device: of everything.
+        overrides: config fields of all trainings, such as `lgm.path=DIR`.
+        sets: prompt sets; empty: those of the table.
+        quick: the smallest sizes: shows that the recipe runs, and nothing else.
+    """
+
+    config: str = "tiny"
+    lgm_config: str = "lgm-tiny"
+    seeds: int = 3
+    prompts: int = 96
+    videos: int = 2
+    steps: int = 20
+    guidance_scale: float = 3.0
+    updates: int | None = None
+    far: int | None = None
+    marks: int = 8
+    device: str = "auto"
+    overrides: tuple[str, ...] = ()
+    sets: tuple[str, ...] = ()
+    quick: bool = False
+
+    def smallest(self) -> Settings:
+        """The quick version."""
+        return replace(self, seeds=1, prompts=2, videos=1, steps=3, far=2, marks=2, quick=True)
+
+    def recipe(self) -> TrainConfig:
+        """The training recipe with the fields that all arms share."""
+        return load_config(self.config, self.overrides)
+
+
+def arm_config(
+    arm: Arm, settings: Settings, folder: Path, seed: int, *, updates: int | None = None, seconds: float | None = None
+) -> TrainConfig:
+    """The training config of an arm; rivals get the budget of the GRPO recipe.
+
+    Args:
+        updates: instead of those of the budget.
+        seconds: train for as long instead of for equally many videos.
+    """
+    assert arm.train is not None
+    size = [] if settings.updates is None else [f"updates={settings.updates}"]
+    # A stop rule would make budgets unequal.
+    common = [f"output={folder / 'runs' / f'{arm.name}-s{seed}'}", f"seed={seed}", f"model.device={settings.device}",
+              "stop={}"]  # fmt: skip
+    if arm.lgm is not None:
+        common.append(f"lgm.path={lgm_folder(arm, folder) / 'lgm'}")
+    overrides = [*size, *(_QUICK if settings.quick else ()), *settings.overrides, *arm.train, *common]
+    config = load_config(settings.config, overrides)
+    embedded = config.data.prompts == EMBEDDED or not Path(config.data.prompts).is_file()
+    prompts = config.data.num_prompts if embedded else len(read_prompts(config.data.prompts))
+    overrides += equal_budget(config, prompts, arm.group)
+    if seconds is not None:
+        overrides += [f"updates={_ENDLESS}", f"stop.seconds_above={seconds}"]
+    if updates is not None:
+        overrides += [f"updates={updates}"]
+    return load_config(settings.config, overrides)
+
+
+def lgm_folder(arm: Arm, folder: Path) -> Path:
+    """Where an arm's own LGM is made."""
+    return folder / "lgms" / arm.name
+
+
+def run_logs(name: str, folder: Path, seeds: int) -> list[list[dict[str, float]]]:
+    """The training log of every seed that there is one of."""
+    logs = [folder / "runs" / f"{name}-s{seed}" / "log.jsonl" for seed in range(seeds)]
+    return [read_jsonl(log) for log in logs if log.is_file()]
+
+
+def seconds_of(log: list[dict[str, float]]) -> float:
+    """What a training took: all its updates, with the clips that were made before the first one."""
+    return round(sum(row["seconds/total"] for row in log), 1)
+
+
+def check_settings(path: Path, settings: Settings) -> None:
+    """Results of other settings in the same place are an error, not a mixture."""
+    values = json.loads(json.dumps(asdict(settings)))
+    if path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        for key, value in values.items():
+            if key in before and before[key] != value:
+                raise UserError(
+                    f"{path.parent} holds a reproduction with {key} {before[key]!r}, not {value!r}; "
+                    "name another --output"
+                )
+        return
+    atomic_write_json(path, values)

@@ -1,0 +1,152 @@
+"""Cells of a reproduction: LGMs of equal size, equal seconds, guidance that is exactly off, and the plan."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from vggrpo.cli import main
+from vggrpo.errors import UserError
+from vggrpo.reproduce import TABLES, Settings, cells, lgms
+from vggrpo.reproduce import plan as plan_module
+from vggrpo.reproduce.cells import arm_named, same_latents, trained
+from vggrpo.reproduce.lgms import lgm_config, trained_lgm
+from vggrpo.reproduce.plan import Costs, budget, plan_lines
+from vggrpo.reproduce.recipes import equal_budget
+from vggrpo.reproduce.settings import arm_config, seconds_of
+
+OWN_LGM = [arm for arm in TABLES["lgm"].arms if arm.lgm is not None]
+
+
+@pytest.mark.parametrize(("config", "lgm"), [("tiny", "lgm-tiny"), ("wan2.1-t2v-1.3b", "lgm-wan2.1-any4d")])
+def test_lgms_of_the_ablation_differ_in_one_thing(tmp_path, config, lgm):
+    settings = Settings(config=config, lgm_config=lgm)
+    found = {arm.name: lgm_config(arm, settings, tmp_path) for arm in OWN_LGM}
+    clips = {name: c.clips.max_clips / (1 - c.clips.generated_share) for name, c in found.items()}
+    assert max(clips.values()) - min(clips.values()) <= 2 and len({c.updates for c in found.values()}) == 1
+    assert found["lgm-rendered-only"].clips.generated_share == 0 < found["lgm-recipe"].clips.generated_share
+    rates = {name: c.stitch.view_rate for name, c in found.items()}
+    assert rates == {"lgm-recipe": "latent", "lgm-rendered-only": "latent", "lgm-every-frame": "frame"}
+    for arm in OWN_LGM:
+        assert arm_config(arm, settings, tmp_path, 1).lgm.path == str(tmp_path / "lgms" / arm.name / "lgm")
+    if config != "tiny":
+        with pytest.raises(UserError, match="--lgm-config"):
+            lgm_config(OWN_LGM[0], Settings(config=config), tmp_path)
+
+
+def test_an_lgm_is_trained_once_and_audited_where_there_is_a_judge(tmp_path, monkeypatch):
+    calls = []
+
+    def fake_train(config, progress):
+        calls.append("train")
+        directory = Path(config.output) / "lgm"
+        directory.mkdir(parents=True)
+        (directory / "card.json").write_text('{"updates": 1}')
+
+    def fake_audit(lgm, output, **options):
+        calls.append("audit")
+        if calls.count("audit") == 1:
+            raise KeyboardInterrupt
+        (Path(output) / "audit.json").write_text('{"ratio": 0.5}')
+
+    monkeypatch.setattr(lgms, "train_lgm", fake_train)
+    monkeypatch.setattr(lgms, "audit_reward", fake_audit)
+    with pytest.raises(KeyboardInterrupt):
+        trained_lgm(OWN_LGM[0], Settings(), tmp_path)
+    for _ in range(2):
+        trained_lgm(OWN_LGM[0], Settings(), tmp_path)
+    assert calls == ["train", "audit", "audit"]
+    assert lgms.about_lgm(OWN_LGM[0], tmp_path) == {"card": {"updates": 1}, "audit": {"ratio": 0.5}}
+
+
+def test_rivals_of_equal_seconds_train_as_long_as_vggrpo(tmp_path, monkeypatch):
+    configs = []
+
+    def fake_train(config, progress):
+        configs.append(config)
+        log = Path(config.output) / "log.jsonl"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text("".join(json.dumps({"update": i, "seconds/total": 1.5}) + "\n" for i in range(4)))
+        return Path(config.output) / "lora"
+
+    monkeypatch.setattr(cells, "train", fake_train)
+    said = []
+    trained(arm_named("sft-seconds"), 2, tmp_path, Settings(), said.append)
+    first, second = configs
+    assert first.algorithm == "grpo" and first.output.endswith("vggrpo-s2") and first.stop.seconds_above is None
+    assert second.algorithm == "sft" and second.stop.seconds_above == 6.0 and second.updates > 10_000
+    same = arm_config(arm_named("sft"), Settings(), tmp_path, 2)
+    assert second.sft == same.sft and seconds_of([{"seconds/total": 0.25}] * 3) == 0.8
+    assert said == ["train vggrpo, seed 2", "train sft-seconds, seed 2"]
+    for arm in TABLES["main-seconds"].arms:
+        assert arm.name == "vggrpo" or arm.seconds_of == "vggrpo"
+
+
+def test_equal_latents_are_equal_bit_for_bit(tmp_path):
+    for name in ("a", "b", "c"):
+        folder = tmp_path / name / "arm"
+        folder.mkdir(parents=True)
+        save_file({"latents": torch.full((2,), 1.0 + 1e-7 * (name == "c"))}, folder / "0000.safetensors")
+    manifests = [tmp_path / name / "manifest.jsonl" for name in "abc"]
+    assert same_latents(manifests[0], manifests[1]) and not same_latents(manifests[0], manifests[2])
+    save_file({"latents": torch.ones(2)}, tmp_path / "b" / "arm" / "0001.safetensors")
+    assert not same_latents(manifests[0], manifests[1])
+    assert arm_named("guided-0").guidance == 0.0  # off, and asked for
+
+
+COSTS = Costs(video=1.0, gradient=0.5, start=10.0, sampled=2.0, lgm_clip=3.0, lgm_update=4.0, cores=0.5)
+
+
+def test_a_plan_names_each_cell_once_and_knows_what_is_done(tmp_path):
+    settings = Settings(seeds=2, prompts=4, videos=2, updates=3)
+    names = ["main", "main-seconds", "lgm", "robustness"]
+    found = plan_module.cells(names, tmp_path, settings, (), COSTS)
+    assert len({(cell.kind, cell.name) for cell in found}) == len(found)
+    by_name = {(cell.kind, cell.name): cell for cell in found}
+    assert sum(name.startswith("vggrpo, seed") for kind, name in by_name if kind == "train") == 2
+    config = arm_config(arm_named("vggrpo"), settings, tmp_path, 0)
+    videos, gradients = budget(config)
+    assert videos == 3 * 4 * 8 and gradients == videos * config.sampling.window
+    assert by_name["train", "vggrpo, seed 0"].seconds == 10 + videos + gradients / 2
+    assert by_name["train", "sft-seconds, seed 1"].seconds == by_name["train", "vggrpo, seed 1"].seconds
+    assert by_name["videos", "world-static/base-s0"].seconds == 4 * 2 * 2.0
+    assert by_name["LGM", "lgm-every-frame"].seconds > 2 * by_name["LGM", "lgm-recipe"].seconds
+    assert by_name["analysis", "robustness"].seconds is None
+    run = tmp_path / "runs" / "vggrpo-s0"
+    (run / "lora").mkdir(parents=True)
+    (run / "log.jsonl").write_text("".join(json.dumps({"update": i}) + "\n" for i in range(3)))
+    again = plan_module.cells(names, tmp_path, settings, (), COSTS)
+    assert [cell.name for cell in again if cell.done] == ["vggrpo, seed 0"]
+    lines = plan_lines(again, COSTS)
+    assert any("vggrpo, seed 0" in line and line.endswith("done") for line in lines)
+    seconds = sum(cell.seconds for cell in again if not cell.done and cell.seconds is not None)
+    assert f"{seconds / 3600:.1f} hours" in lines[-1] and f"({seconds / 7200:.1f} core-hours)" in lines[-1]
+    assert f"{len(found) - 1} of {len(found)} cells" in lines[-1] and "1 that are not estimated" in lines[-1]
+
+
+@pytest.mark.parametrize("arm", ["sft", "dpo-epipolar", "nft", "direct", "vggrpo"])
+def test_a_plan_counts_what_the_budget_says(tmp_path, arm):
+    found = budget(arm_config(arm_named(arm), Settings(), tmp_path, 0))
+    reference = budget(arm_config(arm_named("vggrpo"), Settings(), tmp_path, 0))
+    assert found[0] == pytest.approx(reference[0], rel=0.05)
+    assert arm == "direct" or found[1] == pytest.approx(reference[1], rel=0.05)
+    assert equal_budget(arm_config(arm_named(arm), Settings(), tmp_path, 0), 48)
+
+
+def test_the_plan_of_a_study_has_every_mark(tmp_path):
+    settings = Settings(seeds=1, prompts=4, videos=1, far=40, marks=4)
+    found = plan_module.cells(["hacking"], tmp_path, settings, (), COSTS)
+    names = [cell.name for cell in found if cell.kind == "videos"]
+    assert "world-dynamic/far-bare-000040-s0" in names and len(names) == 2 * (1 + 2 * 4)
+
+
+def test_the_command_plans_without_touching_the_output(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(plan_module, "trial", lambda folder, settings, lgm: COSTS)
+    output = tmp_path / "out"
+    assert main(["reproduce", "all", "--plan", "--output", str(output)]) == 0
+    assert "cells to do: about" in capsys.readouterr().out and not output.exists()
+    assert main(["reproduce", "main", "--plan", "--arms", "sftt", "--output", str(output)]) == 2
