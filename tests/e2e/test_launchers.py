@@ -56,10 +56,15 @@ def finish(commands, output):
         for command in with_output
     ]
     try:
-        said = [job.communicate(timeout=900)[0] for job in jobs]
+        said = [job.communicate(timeout=1800)[0] for job in jobs]
     finally:
-        for job in jobs:
-            if job.poll() is None:
+        left = [job for job in jobs if job.poll() is None]
+        for job in left:
+            job.terminate()  # a launcher ends its processes, which may be in sessions of their own
+        for job in left:
+            try:
+                job.wait(timeout=60)
+            except subprocess.TimeoutExpired:
                 os.killpg(job.pid, signal.SIGKILL)
     return [job.returncode for job in jobs], "\n".join(said)
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 
 from vggrpo.distributed import Processes, announced
 from vggrpo.errors import UserError
+from vggrpo.posttraining import trainer
 
 
 @pytest.mark.parametrize(
@@ -41,3 +45,11 @@ def test_processes_need_a_place_to_meet(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="MASTER_ADDR"):
         Processes.join()
+
+
+def test_all_processes_go_on_from_one_checkpoint(monkeypatch, tmp_path):
+    """The other process sees none."""
+    monkeypatch.setattr(Processes, "gather", lambda self, values: torch.cat([values, torch.tensor([-1])]))
+    trainer._check_shared(Processes(0, 2), tmp_path, None)
+    with pytest.raises(UserError, match=r"step 3, none, by rank.*machines share"):
+        trainer._check_shared(Processes(0, 2), tmp_path, SimpleNamespace(step=3))
