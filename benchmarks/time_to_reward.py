@@ -1,11 +1,12 @@
-"""Seconds until a held-out reward is reached: our trainer with its defaults against flow_grpo's own loop.
+"""Seconds until a held-out reward is reached: our trainer with a window against flow_grpo's own loop.
 
     python benchmarks/time_to_reward.py PATH/TO/flow_grpo [--pipeline DIR] [--videos 8] [--steps 6] [--updates 40]
         [--gain 1.0] [--clock processor]
 
 Equal for both: the transformer, LoRA with its random start (peft's two ways of drawing it differ by a factor that
 decides how far a first step goes), learning rate, KL, K videos of one prompt an update, rewards and advantages. Ours
-trains two stochastic steps that follow a prefix computed once for the group, replayed in one batch; the peer trains
+trains two stochastic steps that follow a prefix computed once for the group (`sampling.window: 2`,
+`sampling.shared_noise: true`), replayed in one batch, with the SDE of our recipes; the peer trains
 every step but the last, one after the other, under gradient checkpointing, as its source does
 (`against_flow_grpo.py`). The reward is the mean of the clean latents' first channel: it costs nothing, so that only the
 trainers' own time counts, and any policy gradient that works raises it. It is measured after every update, untimed, on
@@ -53,7 +54,7 @@ def beside(name: str) -> ModuleType:
 PEER = beside("against_flow_grpo")
 
 
-class OurDefaults(PEER.Ours):  # type: ignore[name-defined,misc]
+class OurWindow(PEER.Ours):  # type: ignore[name-defined,misc]
     """A window of stochastic steps after a prefix that the group shares."""
 
     def roll_out(self, number: int) -> Trajectory:
@@ -170,7 +171,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         "goal": goal,
     }
     config, peers = (settings(arguments.videos, arguments.steps, n, arguments.learning_rate) for n in (2, 0))
-    ours = OurDefaults(config, text, torch.zeros(arguments.videos, *shape), pipeline)
+    ours = OurWindow(config, text, torch.zeros(arguments.videos, *shape), pipeline)
     theirs = TheirLoop(arguments.flow_grpo, peers, text, pipeline)
     copy_adapter(ours.model.transformer, theirs.pipeline.transformer)
     for name, side in (("ours", ours), ("theirs", theirs)):
