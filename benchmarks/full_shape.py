@@ -28,11 +28,12 @@ from torch import Tensor, nn
 
 from vggrpo import assets
 from vggrpo.config import EMBEDDED, TrainConfig, load_config
+from vggrpo.config_algorithms import least_micro_batch
 from vggrpo.distributed import Processes
-from vggrpo.doctor import TransformerShape, block_values, pipeline_shape, training_memory
 from vggrpo.geometry import GeometryPrediction
 from vggrpo.models.base import LatentSpec
 from vggrpo.models.loading import pick_device
+from vggrpo.models.memory import TransformerShape, block_values, pipeline_shape, training_memory
 from vggrpo.models.wan import WanVideoModel
 from vggrpo.posttraining.algorithm import Context
 from vggrpo.posttraining.grpo import GRPO
@@ -89,7 +90,7 @@ def account(config: TrainConfig) -> dict[str, float]:
     dtype = getattr(torch, config.model.dtype)
     kept = [_kept_bytes(config, shape, dtype, layers) for layers in (1, 2)]
     block, outside = kept[1] - kept[0], 2 * kept[0] - kept[1]
-    batch, checkpointing = config.grpo.micro_batch, config.model.gradient_checkpointing
+    batch, checkpointing = least_micro_batch(config.grpo.micro_batch), config.model.gradient_checkpointing
     tokens = shape.tokens(config.data.num_frames, config.data.height, config.data.width)
     inputs = dtype.itemsize * batch * tokens * shape.dim
     counted = outside + (block + shape.layers * inputs if checkpointing else shape.layers * block)
@@ -119,7 +120,7 @@ def _kept_bytes(config: TrainConfig, shape: TransformerShape, dtype: torch.dtype
         _become_fake(transformer)
         weights = {parameter.untyped_storage()._cdata for parameter in transformer.parameters()}
         size = model.latent_spec.latent_shape(config.data.num_frames, config.data.height, config.data.width)
-        batch = config.grpo.micro_batch
+        batch = least_micro_batch(config.grpo.micro_batch)
         latents, times = torch.zeros(batch, *size), torch.zeros(batch)
         text = torch.zeros(batch, TEXT_TOKENS + 1, TEXT_DIM)  # as merging leaves it; fake values cannot be looked at
 

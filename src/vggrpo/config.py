@@ -21,6 +21,7 @@ from vggrpo.config_algorithms import (
     DirectConfig,
     DPOConfig,
     GRPOConfig,
+    MicroBatchSize,
     NFTConfig,
     RewardSpaceConfig,
     SFTConfig,
@@ -122,10 +123,13 @@ class SamplingConfig(_Section):
     """All samples of a group start from one noise, and the steps before the window are computed once per group."""
     guidance_scale: float = Field(default=1.0, ge=1)
     """Classifier-free guidance in training roll-outs; 1 = none, at half the cost."""
-    micro_batch: int = Field(default=32, ge=1)
-    """Videos per network call in the roll-out."""
+    micro_batch: MicroBatchSize = 32
+    """Videos per network call in the roll-out; "auto": as many as fit the memory."""
     offload: bool = False
     """Keep the roll-out's states on the CPU."""
+    trajectory_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Number format of the kept states. "bfloat16" halves them; the sampler then goes through the rounded states, so
+    that replay scores exactly the steps that were taken."""
 
 
 class RewardTerm(_Section):

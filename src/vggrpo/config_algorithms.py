@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 EMBEDDED = "embedded"
+
+
+def _number_or_auto(value: Any) -> Any:
+    if value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        raise ValueError("it must be a whole number from 1, or auto")
+    return value
+
+
+MicroBatchSize = Annotated[int | Literal["auto"], BeforeValidator(_number_or_auto)]
+"""How much goes through the network at once; "auto": as much as fits the memory."""
+
+
+def least_micro_batch(setting: MicroBatchSize) -> int:
+    """The number, or 1 for "auto", which goes no lower."""
+    return 1 if setting == "auto" else setting
 
 
 class Section(BaseModel):
@@ -80,8 +95,8 @@ class GRPOConfig(Section):
     collapse_warning: float = Field(default=0.5, ge=0, le=1)
     """Warn when the mean camera travel or the share of moving pixels over 10 updates falls under this share of the base
     model's; needs base_travel_samples; 0 = never."""
-    micro_batch: int = Field(default=32, ge=1)
-    """Replayed steps (videos x trained steps) per network call with gradient."""
+    micro_batch: MicroBatchSize = 32
+    """Replayed steps (videos x trained steps) per network call with gradient; "auto": as many as fit the memory."""
 
 
 class SFTConfig(Section):

@@ -12,7 +12,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -47,16 +47,21 @@ class Processes:
 
     @classmethod
     def join(cls, timeout_minutes: float = 30.0) -> Processes:
-        """Join the job that torchrun or accelerate announced in the environment, or be alone.
+        """Join the job that torchrun, accelerate or mpirun announced in the environment, or be alone.
 
         Args:
             timeout_minutes: how long a process waits for another one before the job ends with an error.
+
+        Raises:
+            UserError: see `announced`; or when the others cannot be reached.
         """
-        size = int(os.environ.get("WORLD_SIZE", "1"))
+        rank, size, local_rank = announced(os.environ)
         if size == 1:
             return cls()
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         if not torch.distributed.is_initialized():
+            if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
+                raise UserError("several processes need MASTER_ADDR and MASTER_PORT, where they meet; set both")
+            os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size)}  # where torch looks
             if torch.cuda.is_available():
                 torch.cuda.set_device(local_rank)
             backend = "nccl" if torch.cuda.is_available() else "gloo"
@@ -135,6 +140,36 @@ class Processes:
         if self.size > 1:
             with _together():
                 torch.distributed.barrier()
+
+
+_LAUNCHERS = (
+    ("RANK", "WORLD_SIZE", "LOCAL_RANK"),  # torchrun and accelerate
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),  # mpirun of Open MPI
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),  # mpirun of MPICH and Intel MPI
+)
+
+
+def announced(environment: Mapping[str, str]) -> tuple[int, int, int]:
+    """(rank, size, local rank) that a launcher put into the environment; (0, 1, 0) without one.
+
+    Raises:
+        UserError: when several processes were asked for and a single one was started. `accelerate launch --cpu
+            --num_processes 2` does that: it leaves the processes to mpirun, and starts one where no hostfile is named.
+    """
+    for rank, size, local in _LAUNCHERS:
+        if environment.get(size, "1") != "1" and rank not in environment:
+            raise UserError(
+                f"{size} is set to {environment[size]} and {rank} is not; start the processes with torchrun"
+            )
+        if size in environment and rank in environment:
+            return int(environment[rank]), int(environment[size]), int(environment.get(local, "0"))
+    # accelerate names a meeting point only when several processes are to meet.
+    if "ACCELERATE_MIXED_PRECISION" in environment and "MASTER_PORT" in environment:
+        raise UserError(
+            "accelerate was asked for several processes and started one, as it does with --cpu and without "
+            "--mpirun_hostfile; on CPUs start them with torchrun --nproc-per-node N -m vggrpo.cli ..."
+        )
+    return 0, 1, 0
 
 
 def _buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:

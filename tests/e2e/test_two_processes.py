@@ -20,8 +20,8 @@ SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["training_job"])
 
 
-def start(spec, tmp_path, size):
-    """Processes of one job, and where their standard errors go."""
+def start(spec, tmp_path, size, by_rank=None):
+    """Processes of one job, and where their standard errors go; `by_rank`: settings of a rank that differ."""
     import training_job
 
     with socket.socket() as free:
@@ -32,7 +32,7 @@ def start(spec, tmp_path, size):
     for rank in range(size):
         errors.append(tmp_path / f"{Path(spec['output']).name}-{rank}.err")
         environment = job | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        arguments = (spec, environment, str(errors[-1]))
+        arguments = (spec | (by_rank or {}).get(rank, {}), environment, str(errors[-1]))
         processes.append(SERVER.Process(target=training_job.enter, args=arguments))
         processes[-1].start()
     return processes, errors
@@ -140,6 +140,15 @@ def test_a_dead_process_ends_the_others_with_an_error(tiny_wan_dir, tmp_path):
     codes, errors = finish(start(spec, tmp_path, 2))
     assert codes == [2, -signal.SIGKILL]
     assert "lost contact with another process" in errors[0] and "run again" in errors[0]
+
+
+def test_machines_that_do_not_share_the_output_are_told_so(tiny_wan_dir, tmp_path):
+    """One sees a checkpoint and would go on, the other none and would start afresh."""
+    spec = {"pipeline": tiny_wan_dir, "output": tmp_path / "here"}
+    run(spec | {"changes": {"updates": 1}}, tmp_path)
+    codes, errors = finish(start(spec, tmp_path, 2, {1: {"output": tmp_path / "there"}}))
+    assert codes == [2, 2]
+    assert all("(step 1, none, by rank)" in error and "machines share" in error for error in errors)
 
 
 @pytest.mark.parametrize(

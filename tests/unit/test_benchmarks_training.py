@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from vggrpo.config import load_config
-from vggrpo.doctor import SHAPES, TransformerShape
 from vggrpo.errors import UserError
+from vggrpo.models.memory import SHAPES, TransformerShape
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
@@ -97,3 +97,39 @@ def main(_):
         peer._training_loop(file)
     with pytest.raises(UserError, match="checkout"):
         peer._training_loop(tmp_path / "absent.py")
+
+
+def test_time_to_a_reward_stops_at_the_goal_and_counts_the_trainers_work_alone():
+    script = load("time_to_reward")
+
+    class Side:
+        def __init__(self):
+            self.level, self.calls = 0.0, []
+
+        def roll_out(self, number):
+            self.calls.append(("roll-out", number))
+            return torch.linspace(-1, 1, 4).view(4, 1, 1, 1, 1).expand(4, 2, 1, 1, 1) + self.level
+
+        def clips(self, kept):
+            return kept
+
+        def replay(self, kept, advantages):
+            assert advantages.mean().abs() < 1e-6 and advantages[3] > 1
+            self.level += 1.0
+
+    side = Side()
+    result = script.train(side, lambda side: torch.full((3,), side.level), goal=3.0, updates=10, clock="wall")
+    assert result["reached"] and result["updates"] == 3 and result["held_out"] == [1.0, 2.0, 3.0]
+    assert result["seconds"] == pytest.approx(result["roll-out"] + result["replay and step"])
+    assert not script.train(Side(), lambda side: torch.zeros(3), goal=3.0, updates=2, clock="wall")["reached"]
+
+
+def test_held_out_clips_are_the_deterministic_ones_of_fixed_seeds():
+    script = load("time_to_reward")
+    sigmas = torch.linspace(1, 0, 5)
+
+    def straight(x, t, text):  # towards clips whose first channel is 2
+        return (x - 2.0) / t.view(-1, 1, 1, 1, 1)
+
+    rewards = script.held_out(straight, torch.zeros(1, 3, 2), sigmas, (2, 1, 2, 2))
+    torch.testing.assert_close(rewards, torch.full((script.HELD_OUT,), 2.0))

@@ -9,11 +9,12 @@ import pytest
 from vggrpo import doctor
 from vggrpo.cli import main
 from vggrpo.errors import UserError
+from vggrpo.models import memory
 
 
 def test_parameters_of_known_models():
-    assert doctor.SHAPES["Wan-AI/Wan2.1-T2V-1.3B-Diffusers"].parameters == pytest.approx(1.39e9, rel=0.01)
-    assert doctor.SHAPES["Wan-AI/Wan2.2-TI2V-5B-Diffusers"].parameters == pytest.approx(4.91e9, rel=0.01)
+    assert memory.SHAPES["Wan-AI/Wan2.1-T2V-1.3B-Diffusers"].parameters == pytest.approx(1.39e9, rel=0.01)
+    assert memory.SHAPES["Wan-AI/Wan2.2-TI2V-5B-Diffusers"].parameters == pytest.approx(4.91e9, rel=0.01)
 
 
 def test_parameters_agree_with_diffusers():
@@ -24,13 +25,13 @@ def test_parameters_agree_with_diffusers():
         text_dim=16, freq_dim=16,
     )  # fmt: skip
     matrices = sum(p.numel() for n, p in model.named_parameters() if n.startswith("blocks.") and p.ndim == 2)
-    assert doctor.TransformerShape(dim=24, ffn_dim=64, layers=3).parameters == matrices
+    assert memory.TransformerShape(dim=24, ffn_dim=64, layers=3).parameters == matrices
 
 
 def test_tokens_of_the_papers_resolution():
-    assert doctor.SHAPES["Wan-AI/Wan2.1-T2V-1.3B-Diffusers"].tokens(81, 480, 832) == 21 * 30 * 52
-    assert doctor.SHAPES["Wan-AI/Wan2.2-TI2V-5B-Diffusers"].tokens(81, 704, 1280) == 21 * 22 * 40
-    assert doctor.TransformerShape(8, 8, 1).tokens(1, 64, 64) == 16
+    assert memory.SHAPES["Wan-AI/Wan2.1-T2V-1.3B-Diffusers"].tokens(81, 480, 832) == 21 * 30 * 52
+    assert memory.SHAPES["Wan-AI/Wan2.2-TI2V-5B-Diffusers"].tokens(81, 704, 1280) == 21 * 22 * 40
+    assert memory.TransformerShape(8, 8, 1).tokens(1, 64, 64) == 16
 
 
 def test_shape_of_a_directory(tmp_path):
@@ -40,9 +41,9 @@ def test_shape_of_a_directory(tmp_path):
     ):
         (tmp_path / part).mkdir()
         (tmp_path / part / "config.json").write_text(json.dumps(values))
-    assert doctor.pipeline_shape(str(tmp_path)) == doctor.TransformerShape(128, 512, 6, 16)
+    assert memory.pipeline_shape(str(tmp_path)) == memory.TransformerShape(128, 512, 6, 16)
     with pytest.raises(UserError, match="no diffusers Wan directory"):
-        doctor.pipeline_shape(str(tmp_path / "vae"))
+        memory.pipeline_shape(str(tmp_path / "vae"))
 
 
 def test_a_recipes_memory_follows_its_fields(tmp_path):
@@ -53,7 +54,7 @@ def test_a_recipes_memory_follows_its_fields(tmp_path):
         "data: {num_frames: 81, height: 480, width: 832}\ngrpo: {micro_batch: 2}\nlora: {rank: 16}\n"
         "sampling: {offload: true}\n"
     )
-    expected = doctor.training_memory(doctor.SHAPES[name], 21 * 30 * 52, rank=16, batch=2)
+    expected = memory.training_memory(memory.SHAPES[name], 21 * 30 * 52, rank=16, batch=2)
     stages = doctor.recipe_memory(str(recipe))
     assert stages["update"] == pytest.approx(expected) and stages["encode"] > 10
     recipe.write_text(recipe.read_text().replace("offload: true", "offload: false"))
@@ -79,16 +80,16 @@ def test_every_shipped_recipe_is_in_the_report():
 
 
 def test_memory_grows_with_each_part_and_starts_at_the_weights():
-    shape = doctor.SHAPES["Wan-AI/Wan2.1-T2V-1.3B-Diffusers"]
+    shape = memory.SHAPES["Wan-AI/Wan2.1-T2V-1.3B-Diffusers"]
     weights = 2 * shape.parameters / 1024**3
-    assert doctor.training_memory(shape, tokens=0, rank=0) == pytest.approx(weights)
-    base = doctor.training_memory(shape, tokens=1000, rank=32)
+    assert memory.training_memory(shape, tokens=0, rank=0) == pytest.approx(weights)
+    base = memory.training_memory(shape, tokens=1000, rank=32)
     assert base > weights
-    assert doctor.training_memory(shape, tokens=2000, rank=32) > base
-    assert doctor.training_memory(shape, tokens=1000, rank=64) > base
-    assert doctor.training_memory(shape, tokens=1000, rank=32, checkpointing=False) > 5 * (base - weights)
-    double = doctor.training_memory(shape, tokens=1000, rank=32, batch=2)
-    assert double == pytest.approx(doctor.training_memory(shape, tokens=2000, rank=32))
+    assert memory.training_memory(shape, tokens=2000, rank=32) > base
+    assert memory.training_memory(shape, tokens=1000, rank=64) > base
+    assert memory.training_memory(shape, tokens=1000, rank=32, checkpointing=False) > 5 * (base - weights)
+    double = memory.training_memory(shape, tokens=1000, rank=32, batch=2)
+    assert double == pytest.approx(memory.training_memory(shape, tokens=2000, rank=32))
 
 
 def test_cache_is_looked_at_without_network(tmp_path, monkeypatch):

@@ -223,6 +223,11 @@ def test_a_smaller_micro_batch_resumes(tiny_wan_dir, tmp_path):
     assert [row["update"] for row in rows(tmp_path)] == [0, 1] and adapter(tmp_path)
 
 
+def test_the_step_size_grows_over_the_first_updates(tiny_wan_dir, tmp_path):
+    run(tiny_wan_dir, tmp_path, ["optim.warmup_updates=4"], updates=2)
+    assert [row["learning_rate"] for row in rows(tmp_path)] == pytest.approx([0.25e-3, 0.5e-3])
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

@@ -35,8 +35,9 @@ def run(arguments: argparse.Namespace) -> None:
     from vggrpo.config import load_config
 
     config = load_config(arguments.config, arguments.overrides)
+    from vggrpo.distributed import announced
     from vggrpo.posttraining import train
 
     exported = train(config)
-    if os.environ.get("RANK", "0") == "0":  # one of several processes speaks for all
+    if announced(os.environ)[0] == 0:  # one of several processes speaks for all
         print(f"weights in {exported}")

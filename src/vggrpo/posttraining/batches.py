@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from vggrpo.distributed import Processes
 from vggrpo.posttraining.algorithm import Context
+from vggrpo.posttraining.micro_batch import rollout_micro_batch
 from vggrpo.posttraining.scoring import measure_motion
 from vggrpo.sampling.rollout import rollout
 from vggrpo.sampling.seeds import derive_seed
@@ -39,7 +42,8 @@ def sample_clips(context: Context, prompts: Sequence[str], seeds: Sequence[int])
     prompt's first frame where the recipe gives one."""
     sampling, device = context.config.sampling, context.model.device
     negative = context.conditions.text([""], device) if sampling.guidance_scale != 1 else None
-    return rollout(
+    roll_out = partial(
+        rollout,
         context.model,
         context.conditions.text(prompts, device),
         shape=latent_shape(context),
@@ -49,9 +53,10 @@ def sample_clips(context: Context, prompts: Sequence[str], seeds: Sequence[int])
         sde_steps=(),
         guidance_scale=sampling.guidance_scale,
         negative_text=negative,
-        micro_batch=sampling.micro_batch,
         first_frame=context.conditions.first_frames(prompts, device),
-    ).latents
+    )
+    at_once = rollout_micro_batch(context.config, context.model, Processes())
+    return at_once.run(len(seeds), device, lambda size: roll_out(micro_batch=size)).latents
 
 
 def measure_base_travel(context: Context, prompts: Sequence[str], known: dict[str, float]) -> None:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 
+from vggrpo.config_algorithms import least_micro_batch
 from vggrpo.errors import UserError
 from vggrpo.io.atomic import atomic_path, atomic_write_json, ensure_directory
 from vggrpo.io.manifest import ManifestRow, read_manifest
@@ -63,7 +64,7 @@ def base_candidates(context: Context, count: int) -> Iterator[tuple[int, str, Fl
     folder, distinct = clip_folder(context), list(dict.fromkeys(context.prompts))
     mine = [(i, prompt) for i, prompt in enumerate(distinct) if i % context.processes.size == context.processes.rank]
     todo = [(i, prompt) for i, prompt in mine if not prompt_file(folder, i).is_file()]
-    together = max(1, context.config.sampling.micro_batch // count)
+    together = max(1, least_micro_batch(context.config.sampling.micro_batch) // count)  # prompts
     for start in range(0, len(todo), together):
         part = todo[start : start + together]
         jobs = [

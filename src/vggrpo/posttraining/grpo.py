@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +22,7 @@ from vggrpo.errors import UserError
 from vggrpo.posttraining.advantage import group_advantages
 from vggrpo.posttraining.algorithm import Context
 from vggrpo.posttraining.batches import items_of
+from vggrpo.posttraining.micro_batch import replay_micro_batch, rollout_micro_batch
 from vggrpo.posttraining.replay import OldPolicy, Replayer, ReplayStatistics, all_transitions, inner_parts
 from vggrpo.posttraining.scoring import Scores, measure_motion, score_latents
 from vggrpo.posttraining.watch import MotionWatch, reward_metrics
@@ -49,7 +51,12 @@ class GRPO:
             sampling.noise_level, sampling.variant, sampling.max_t, sampling.sigma_min, sampling.sigma_max
         )
         negative = self._encode([""]) if sampling.guidance_scale != 1 else None
-        self.replayer = Replayer(model, self.policy, config.grpo, self.noise, sampling.guidance_scale, negative)
+        videos = config.grpo.prompts_per_update * config.grpo.samples_per_prompt
+        self.at_once = rollout_micro_batch(config, model, self.processes, kept=math.ceil(videos / self.processes.size))
+        replayed = replay_micro_batch(config, model, self.processes)
+        self.replayer = Replayer(
+            model, self.policy, config.grpo, self.noise, replayed, sampling.guidance_scale, negative
+        )
         self.motion = MotionWatch(config.grpo.collapse_warning)
         self.recompute_old = False
         self.ratio_checked = False
@@ -61,6 +68,8 @@ class GRPO:
             "recent_motion": self.motion.recent,
             "recompute_old": self.recompute_old,
             "ratio_checked": self.ratio_checked,
+            # Found anew they could differ, and with them the rounding.
+            "micro_batches": [self.at_once.found, self.replayer.micro_batch.found],
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -68,6 +77,7 @@ class GRPO:
         self.motion.base = {prompt: (travel, share) for prompt, (travel, share) in state["base_motion"].items()}
         self.motion.recent = state["recent_motion"]
         self.recompute_old, self.ratio_checked = state["recompute_old"], state["ratio_checked"]
+        self.at_once.found, self.replayer.micro_batch.found = state.get("micro_batches", (None, None))
 
     def update(self, number: int, watch: Stopwatch) -> dict[str, float]:
         """Do update `number` (0 is the first) and return its metrics."""
@@ -155,7 +165,8 @@ class GRPO:
         slots: list[int],
     ) -> Trajectory:
         sampling = self.config.sampling
-        return rollout(
+        roll_out = partial(
+            rollout,
             self.model,
             text,
             shape=self.shape,
@@ -166,13 +177,14 @@ class GRPO:
             noise=self.noise,
             guidance_scale=sampling.guidance_scale,
             negative_text=self.replayer.negative_text,
-            micro_batch=sampling.micro_batch,
             # With split weights all processes must call the network equally often, so nothing is computed once.
             prompt_ids=list(range(len(slots))) if self.policy.sharded else slots,
             offload=sampling.offload,
             first_frame=self.conditions.first_frames(prompts, self.model.device),
             keep_means=self.config.grpo.ratio_norm,
+            keep_dtype=getattr(torch, sampling.trajectory_dtype),
         )
+        return self.at_once.run(len(slots), self.model.device, lambda size: roll_out(micro_batch=size))
 
     def _measure_base(self, prompts: Sequence[str], window: tuple[int, ...]) -> None:
         """Motion of the base model for prompts not seen before, with the roll-out's own sampler."""

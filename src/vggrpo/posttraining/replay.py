@@ -13,6 +13,7 @@ from torch import Tensor
 from vggrpo.config import GRPOConfig
 from vggrpo.models.base import VideoModel
 from vggrpo.posttraining.loss import clipped_policy_loss, gaussian_kl
+from vggrpo.posttraining.micro_batch import MicroBatch
 from vggrpo.posttraining.policy import Policy
 from vggrpo.sampling.flow_sde import SDEStep, diffusion_scale, sde_step
 from vggrpo.sampling.rollout import NoiseSettings, Trajectory, guided_velocity
@@ -27,6 +28,7 @@ class Replayer:
         policy: knows the reference.
         settings: the update's hyperparameters.
         noise: the roll-out's noise.
+        micro_batch: transitions per network call.
         guidance_scale: the roll-out's guidance, 1 = none.
         negative_text: embedding for guidance.
     """
@@ -35,6 +37,7 @@ class Replayer:
     policy: Policy
     settings: GRPOConfig
     noise: NoiseSettings
+    micro_batch: MicroBatch
     guidance_scale: float = 1.0
     negative_text: Float[Tensor, "1 L D"] | None = None
 
@@ -53,12 +56,17 @@ class Replayer:
         )
         return sde_step(x, velocity, t, t_next, next_sample=x_next, mask=trajectory.mask, **vars(self.noise))
 
-    @torch.no_grad()
     def old_policy(self, trajectory: Trajectory, text: Tensor, chosen: Int[Tensor, "M 2"]) -> OldPolicy:
         """The policy now as the old one, with the replay's own batching: for when the roll-out's log-probabilities
         differ too much from it."""
+        return self.micro_batch.run(
+            len(chosen), self.model.device, lambda size: self._old_policy(trajectory, text, chosen, size)
+        )
+
+    @torch.no_grad()
+    def _old_policy(self, trajectory: Trajectory, text: Tensor, chosen: Tensor, size: int) -> OldPolicy:
         log_probs, means = [], []
-        for part in chosen.split(self.settings.micro_batch):
+        for part in chosen.split(size):
             step = self.step(trajectory, text, part)
             log_probs.append(step.log_prob)
             if trajectory.means:
@@ -75,14 +83,32 @@ class Replayer:
         total: int,
         filler: int = 0,
     ) -> ReplayStatistics:
-        """Accumulate the gradient of `sum (policy loss + beta KL) / total` over M transitions.
+        """The gradient of `sum (policy loss + beta KL) / total` over M transitions; there must be none before.
 
         Args:
             total: transitions of all processes, so that gradients can be summed over them.
             filler: so many of the last transitions have no weight; they only keep processes in step.
         """
+        return self.micro_batch.run(
+            len(chosen),
+            self.model.device,
+            lambda size: self._backward(trajectory, text, chosen, old, advantages, total, filler, size),
+            undo=self.policy.discard_gradients,
+        )
+
+    def _backward(
+        self,
+        trajectory: Trajectory,
+        text: Tensor,
+        chosen: Tensor,
+        old: OldPolicy,
+        advantages: Tensor,
+        total: int,
+        filler: int,
+        size: int,
+    ) -> ReplayStatistics:
         statistics = ReplayStatistics()
-        for places in torch.arange(len(chosen)).split(self.settings.micro_batch):
+        for places in torch.arange(len(chosen)).split(size):
             part, counts = chosen[places], places < len(chosen) - filler
             # The reference goes first: switching the adapter off and on must not happen between forward and backward.
             reference = self._reference(trajectory, text, part) if self.settings.kl > 0 else None
@@ -186,8 +212,8 @@ def _pick(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """States before and after, and times, of M transitions, on `device`."""
     pairs = chosen.tolist()
-    x = torch.stack([trajectory.samples[w][i] for i, w in pairs]).to(device)
-    x_next = torch.stack([trajectory.next_samples[w][i] for i, w in pairs]).to(device)
+    x = torch.stack([trajectory.samples[w][i] for i, w in pairs]).to(device).float()
+    x_next = torch.stack([trajectory.next_samples[w][i] for i, w in pairs]).to(device).float()
     index = torch.tensor([trajectory.steps[w] for _, w in pairs], device=trajectory.sigmas.device)
     return x, x_next, trajectory.sigmas[index].to(device), trajectory.sigmas[index + 1].to(device)
 

@@ -31,6 +31,7 @@ from vggrpo.models.loading import load_video_model
 from vggrpo.posttraining.algorithm import Algorithm, Context, find_algorithm
 from vggrpo.posttraining.card import lora_card
 from vggrpo.posttraining.conditions import Conditions, load_prompts
+from vggrpo.posttraining.micro_batch import is_out_of_memory
 from vggrpo.posttraining.policy import Policy, exported
 from vggrpo.posttraining.scoring import GeometryReader, check_rewards
 from vggrpo.posttraining.validation import Validation, validation_prompts
@@ -74,6 +75,7 @@ def train(
         logging.getLogger("vggrpo").setLevel(logging.ERROR)
     output = ensure_directory(config.output)
     checkpoint = load_latest(output / "checkpoints")
+    _check_shared(processes, output, checkpoint)
     prompts = list(prompts) if prompts is not None else load_prompts(config)
     fingerprint = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
     _check_resume(checkpoint, config, fingerprint)
@@ -262,9 +264,11 @@ def _advice() -> Iterator[None]:
     """Out of memory and out of disk space are the user's to mend: say with what."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         raise UserError(
-            "out of memory: lower grpo.micro_batch and sampling.micro_batch, or set "
+            "out of memory: lower grpo.micro_batch and sampling.micro_batch (or set them to auto), or set "
             "model.gradient_checkpointing: true, and run again to go on; `vggrpo doctor` estimates what a recipe needs"
         ) from error
     except OSError as error:
@@ -323,4 +327,16 @@ def _check_resume(checkpoint: Checkpoint | None, config: TrainConfig, fingerprin
     if difference is not None:
         raise UserError(
             f"{config.output} holds a run with another config ({difference}); undo the change or set another output=DIR"
+        )
+
+
+def _check_shared(processes: Processes, output: Path, checkpoint: Checkpoint | None) -> None:
+    """All processes must go on from one checkpoint; those of a machine that does not see it would start afresh."""
+    device = torch.device("cuda", processes.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    steps = processes.gather(torch.tensor([-1 if checkpoint is None else checkpoint.step], device=device)).tolist()
+    if len(set(steps)) > 1:
+        seen = ["none" if step < 0 else f"step {step}" for step in steps]
+        raise UserError(
+            f"the processes see different checkpoints in {output} ({', '.join(seen)}, by rank); "
+            "output must be one directory that all machines share"
         )

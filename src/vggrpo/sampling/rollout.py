@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float
@@ -42,7 +43,7 @@ class Trajectory:
         steps: indices into `sigmas` of the stochastic steps, (W,).
         samples: W tensors (B, C, T', H', W'), the state before each stochastic step.
         next_samples: W tensors, the state after it (where steps follow each other, the same tensor as the next
-            `samples`).
+            `samples`); in the format they were kept in.
         log_probs: (B, W), under the policy that made them.
         means: W tensors, the Gaussians' means; kept only when asked for, else empty.
         pinned: whether the first latent frame was given.
@@ -135,6 +136,7 @@ def rollout(
     offload: bool = False,
     first_frame: Float[Tensor, "B C 1 H W"] | None = None,
     keep_means: bool = False,
+    keep_dtype: torch.dtype = torch.float32,
 ) -> Trajectory:
     """Sample B videos' latents.
 
@@ -150,7 +152,10 @@ def rollout(
             the window.
         offload: keep the kept states on the CPU.
         first_frame: the given first latent frame of each sample (image to video); None: none.
-        keep_means: keep the Gaussians' means too.
+        keep_means: keep the Gaussians' means too, in float32.
+        keep_dtype: number format of the kept states. The sampler goes on from the rounded states and the
+            log-probabilities are theirs, so a narrow format adds a little noise and no error: rounding only what is
+            kept would move log-probabilities by more than a usual clip.
     """
     noise = noise or NoiseSettings()
     batch, steps = len(noise_seeds), tuple(sorted(sde_steps))
@@ -164,14 +169,19 @@ def rollout(
     for i in range(start):
         velocity = chunks.velocity(latents, sigmas[i], text[shared])
         latents = ode_step(latents, velocity, sigmas[i], sigmas[i + 1], mask=mask)
-    latents, record = latents[index], _Record(offload, keep_means)
+    latents, record = latents[index], _Record(offload, keep_means, keep_dtype)
     for i in range(start, len(sigmas) - 1):
+        if i in steps:
+            latents = latents.to(keep_dtype).float()
         velocity = chunks.velocity(latents, sigmas[i], text)
         if i not in steps:
             latents = ode_step(latents, velocity, sigmas[i], sigmas[i + 1], mask=mask)
             continue
         eps = seeded_noise([derive_seed(seed, i) for seed in step_seeds], shape, model.device)
-        step = sde_step(latents, velocity, sigmas[i], sigmas[i + 1], noise=eps, mask=mask, **vars(noise))
+        score = partial(sde_step, latents, velocity, sigmas[i], sigmas[i + 1], mask=mask, **vars(noise))
+        step = score(noise=eps)
+        if keep_dtype != torch.float32:
+            step = score(next_sample=step.next_sample.to(keep_dtype))
         record.add(latents, step, follows=i - 1 in steps)
         latents = step.next_sample
     return record.trajectory(latents, sigmas, steps, pinned=mask is not None)
@@ -231,8 +241,8 @@ class _Chunks:
 class _Record:
     """What the stochastic steps of a roll-out leave behind."""
 
-    def __init__(self, offload: bool, keep_means: bool) -> None:
-        self.offload, self.keep_means = offload, keep_means
+    def __init__(self, offload: bool, keep_means: bool, dtype: torch.dtype) -> None:
+        self.offload, self.keep_means, self.dtype = offload, keep_means, dtype
         self.samples: list[Tensor] = []
         self.next_samples: list[Tensor] = []
         self.log_probs: list[Tensor] = []
@@ -240,8 +250,8 @@ class _Record:
 
     def add(self, latents: Tensor, step: SDEStep, *, follows: bool) -> None:
         """A step from `latents`; `follows`: the step before it was stochastic too, and they share a state."""
-        self.samples.append(self.next_samples[-1] if follows else _keep(latents, self.offload))
-        self.next_samples.append(_keep(step.next_sample, self.offload))
+        self.samples.append(self.next_samples[-1] if follows else _keep(latents.to(self.dtype), self.offload))
+        self.next_samples.append(_keep(step.next_sample.to(self.dtype), self.offload))
         self.log_probs.append(step.log_prob)
         self.means += [_keep(step.mean, self.offload)] if self.keep_means else []
 
