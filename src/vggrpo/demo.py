@@ -21,12 +21,13 @@ from typing import Any
 from rich.console import Console
 
 from vggrpo import assets
-from vggrpo.config import load_config
+from vggrpo.config import TrainConfig, load_config
 from vggrpo.errors import UserError
 from vggrpo.evaluation import build_report, compare_quality, evaluate_manifest, summarise
 from vggrpo.evaluation.latent_scores import score_latents
 from vggrpo.io.atomic import atomic_write_json, ensure_directory
 from vggrpo.posttraining import train
+from vggrpo.rewards.registry import audited_options
 from vggrpo.sampling.generate import generate_videos
 from vggrpo.world import sample_prompts
 
@@ -77,11 +78,12 @@ def _stages(
     generate_videos(asked, output / "base", arm="base", **options)
     console.print("[bold]2/5[/] GRPO on rewards read from latents")
     overrides = [f"output={output / 'train'}", f"seed={seed}"] + ([] if updates is None else [f"updates={updates}"])
-    lora = train(load_config("tiny", overrides))
+    config = load_config("tiny", overrides)
+    lora = train(config)
     console.print("[bold]3/5[/] tuned model: the same prompts and seeds")
     generate_videos(asked, output / "tuned", arm="tuned", lora=lora, **options)
     console.print("[bold]4/5[/] evaluation")
-    rows = {arm: _measure(output, arm) for arm in ARMS}
+    rows = {arm: _measure(output, arm, config) for arm in ARMS}
     kernel = compare_quality(output / "base" / "manifest.jsonl", output / "tuned" / "manifest.jsonl")
     metrics = summarise(rows["base"], rows["tuned"], kernel=kernel)
     motion = metrics.get("motion_flow", {})
@@ -122,11 +124,11 @@ def _prepare(output: Path, settings: dict[str, Any], fresh: bool) -> Path:
     return output
 
 
-def _measure(output: Path, arm: str) -> list[dict[str, Any]]:
+def _measure(output: Path, arm: str, config: TrainConfig) -> list[dict[str, Any]]:
     """Rows of `eval/ARM/metrics.jsonl`: the metrics of every video, and the two rewards of its latents; the 3D scenes
     beside them."""
     evaluate_manifest(output / arm / "manifest.jsonl", output / "eval" / arm, "fast")
-    return score_latents(output, arm)
+    return score_latents(output, arm, options=audited_options(config.rewards))
 
 
 def _say(console: Console, summary: dict[str, Any], report: Path, lora: Path) -> None:

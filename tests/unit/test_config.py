@@ -85,7 +85,7 @@ def test_resume_difference_names_the_field():
     config = load_config("tiny")
     saved = config.model_dump(mode="json")
     assert resume_difference(saved, load_config("tiny", ["updates=99", "output=x", "save_every=1"])) is None
-    assert "optim.learning_rate: was 0.0003" in resume_difference(saved, load_config("tiny", ["optim.learning_rate=1"]))
+    assert "optim.learning_rate: was 0.001" in resume_difference(saved, load_config("tiny", ["optim.learning_rate=1"]))
     assert "rewards" in resume_difference(saved, load_config("tiny", ["rewards={camera_motion_smoothness: 1}"]))
 
 

@@ -10,7 +10,8 @@ from torch import nn
 
 from vggrpo.geometry import GeometryPrediction, project
 from vggrpo.lgm.losses import unit_depth
-from vggrpo.models.vggt_layers import Compare
+from vggrpo.models.lucas_kanade import displacement
+from vggrpo.models.vggt_layers import Displacement
 from vggrpo.pretraining import data as shard_data
 from vggrpo.pretraining.compress import compress_lora
 from vggrpo.pretraining.data import Shards, augment, render_shard
@@ -111,21 +112,32 @@ def test_training_goes_on_bit_for_bit(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
 
 
-def test_stem_that_compares_views_finds_a_shift():
-    """Random features already tell a picture from its shifted copy: the most probable cell is the true displacement."""
-    torch.manual_seed(0)
-    compare = Compare(radius=3)
-    with torch.no_grad():
-        compare.log_sharpness.fill_(4.0)
-    first = torch.randn(1, 16, 1, 16, 16)
-    features = torch.cat([first, first.roll((1, -2), (3, 4))], 2)  # one cell down, two to the left
-    forward, backward = compare(features).unflatten(2, (16, 16)).chunk(2, -1)  # (1, S, 16, 16, 49)
-    inner = slice(4, 12)
-    cells = [(y, x) for y in range(-3, 4) for x in range(-3, 4)]
-    assert set(forward[0, 0, inner, inner].argmax(-1).flatten().tolist()) == {cells.index((1, -2))}
-    assert set(backward[0, 1, inner, inner].argmax(-1).flatten().tolist()) == {cells.index((-1, 2))}
-    assert float(forward[0, 1].abs().max()) == 0 and float(backward[0, 0].abs().max()) == 0  # no such views
-    torch.testing.assert_close(forward[0, 0].sum(-1), torch.ones(16, 16))
+def test_displacement_is_measured_to_a_fraction_of_a_pixel():
+    """A picture moved by a known vector; and rendered pairs against the truth of the renderer."""
+    picture = torch.nn.functional.interpolate(torch.rand(1, 3, 12, 12), size=(80, 80), mode="bicubic")
+    crop = {
+        shift: picture[:, :, 8 - shift[1] : 72 - shift[1], 8 - shift[0] : 72 - shift[0]] for shift in [(0, 0), (5, -3)]
+    }
+    flow, miss = displacement(crop[0, 0], crop[5, -3])
+    inner = slice(12, 52)
+    wanted = torch.tensor([5.0, -3.0]).view(1, 2, 1, 1)
+    wrong = (flow - wanted)[:, :, inner, inner].norm(dim=1)
+    assert wrong.quantile(0.9) < 0.3 and miss[:, inner, inner].median() < 0.02
+    world = sample_batch(range(6), num_frames=9).views(4)
+    motion, valid = (x[:, :-1].flatten(0, 1) for x in image_motion(world, 1))
+    video = world.video.transpose(1, 2)
+    flow, _ = displacement(video[:, :-1].flatten(0, 1), video[:, 1:].flatten(0, 1))
+    v, u = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
+    lands = motion + torch.stack([u, v], -1)
+    valid &= ((lands > 0) & (lands < 63)).all(-1)
+    error = (flow.permute(0, 2, 3, 1) - motion).norm(dim=-1)[valid]
+    assert error.median() < 0.5 and motion[valid].norm(dim=-1).median() > 2
+
+
+def test_the_stem_says_which_neighbours_there_are():
+    frames = torch.rand(2, 3, 3, 16, 24)
+    measured = Displacement(8).measure(frames).unflatten(1, (5, 2))[:, 1::2]  # (mismatch, presence) ahead and back
+    assert measured[:, 0, 1].amax((0, 2, 3)).tolist() == [1, 1, 0] and measured[:, 1, 1].shape[-2:] == (4, 6)
 
 
 @pytest.mark.parametrize("shape", [(7,), (7, 3, 3), (7, 3, 3, 3)], ids=["linear", "conv2d", "conv3d"])

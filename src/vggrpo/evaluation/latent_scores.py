@@ -4,6 +4,7 @@ them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +18,25 @@ from vggrpo.evaluation.scenes import scene_of, write_scenes
 from vggrpo.io.manifest import read_jsonl, read_manifest, write_jsonl
 from vggrpo.io.video import read_video
 from vggrpo.lgm import LatentGeometryModel
-from vggrpo.rewards import camera_motion_smoothness, geometry_reprojection_consistency
+from vggrpo.rewards.registry import AUDITED, get_reward
 
-REWARDS = {"motion_reward": camera_motion_smoothness, "geometry_reward": geometry_reprojection_consistency}
+REWARDS = dict(zip(("motion_reward", "geometry_reward"), AUDITED, strict=True))
 
 
 @torch.inference_mode()
 def score_latents(
-    run_dir: Path, arm: str, lgm: str | Path = EMBEDDED, device: torch.device | str = "cpu"
+    run_dir: Path,
+    arm: str,
+    lgm: str | Path = EMBEDDED,
+    device: torch.device | str = "cpu",
+    options: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
     """Add `motion_reward` and `geometry_reward` to `eval/ARM/metrics.jsonl` and write `scenes/ARM.jsonl`.
 
     Args:
         run_dir: holds ARM/manifest.jsonl, the videos and their latents (`generate_videos(..., save_latents=True)`).
         lgm: directory of the LGM; "embedded" is the shipped one.
+        options: keyword arguments of the two rewards by their names, as training uses them (`audited_options`).
 
     Returns:
         The rows of the arm.
@@ -48,7 +54,7 @@ def score_latents(
             raise UserError(f"{file} is missing: the rewards are read from latents; generate the videos with them")
         prediction = reader(load_file(file)["latents"][None].to(device))
         for name, reward in REWARDS.items():
-            result = reward(prediction)
+            result = get_reward(reward)(prediction, **(options or {}).get(reward, {}))
             valid = bool(result.valid[0])
             row["metrics"][name] = {
                 "value": result.value[0].item() if valid else None,

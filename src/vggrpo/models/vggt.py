@@ -49,8 +49,8 @@ class VGGTConfig(BaseModel):
         "conv", description="stem: strided convolutions, one linear map a patch, or DINOv2 with the same registers"
     )
     stem_blocks: int = Field(0, ge=0, description="residual blocks after each of the stem's first two convolutions")
-    stem_radius: int = Field(
-        0, ge=0, description="cells of four pixels in which the stem compares neighbouring views; 0: it does not"
+    stem_displacement: bool = Field(
+        False, description="the conv stem sees how far everything is displaced in neighbouring views"
     )
     encoder_layers: int = Field(24, ge=1, description="blocks of DINOv2")
     position_grid: int = Field(37, ge=1, description="side of the square of patches that DINOv2 learned positions on")
@@ -288,7 +288,7 @@ class VGGT(nn.Module):
 
 def _stem(c: VGGTConfig) -> nn.Module:
     if c.patch_embed == "conv":
-        return ConvStem(c.dim, c.stem_blocks, c.stem_radius)
+        return ConvStem(c.dim, c.stem_blocks, c.stem_displacement)
     if c.patch_embed == "patch":
         return PatchStem(c.dim, c.patch)
     return DinoV2(

@@ -21,10 +21,10 @@ from vggrpo.rewards.camera_motion import normalised_acceleration
 from vggrpo.rewards.travel import camera_steps
 from vggrpo.world.perturb import wobble
 
-TEACHER = VGGTConfig(stem_blocks=2, stem_radius=4, head_features=64, head_detail=True)
+TEACHER = VGGTConfig(stem_blocks=2, stem_displacement=True, head_features=64, head_detail=True)
 JUDGE = VGGTConfig(
-    dim=128, heads=4, conv_layers=5, pairs=2, registers=0, stem_blocks=1, stem_radius=4, hooks=(1, 2), head_features=48,
-    head_detail=True, mlp_ratio=2.0,
+    dim=128, heads=4, conv_layers=5, pairs=2, registers=0, stem_blocks=1, stem_displacement=True, hooks=(1, 2),
+    head_features=48, head_detail=True, mlp_ratio=2.0,
 )  # fmt: skip
 BATCH, VIEWS = 8, 5  # clips of that many views; more clips when they show fewer
 # Not two: the CPU's bfloat16 convolution over fewer planes than its kernel has gives infinite gradients now and then.

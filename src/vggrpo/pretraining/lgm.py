@@ -37,7 +37,7 @@ from vggrpo.world.perturb import wobble
 SCHEDULE = Schedule(steps=2400, lr=1e-3, ema=0.998, weight_decay=0.0, seed=3)
 BATCH = 8
 FRAMES, VIEW_STRIDE = 17, 4  # of a clip; RGB frames between the views of a latent
-GENERATED_SHARE = 0.25
+GENERATED_SHARE = 0.35
 LORA_RANK, SHIPPED_RANK = 48, 12
 GENERATED_PROMPTS = 384
 AUDIT_CLIPS = 96
@@ -118,8 +118,12 @@ def train_lgm(
             target = unit_depth(teacher(generated[1][index].float()))
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                 prediction, raw = model[0].predict(generated[0][index].float())
-            # A teacher's word on them is good enough for maps and poses, not for what the rewards make of these.
-            return geometry_loss(prediction, raw, target)[0], {}
+            # On them the teacher's word counts for what the rewards make of it, too: left to itself an LGM finds what
+            # it cannot see clearly consistent.
+            consistency = step >= CONSISTENCY_FROM * schedule.steps
+            return geometry_loss(prediction, raw, target)[0] + reward_loss(prediction, target, consistency=consistency)[
+                0
+            ], {}
         latents, world, wobbling = clips.draw(generator)
         target = unit_depth(world.geometry(every=1))
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):

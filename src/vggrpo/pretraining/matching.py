@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from vggrpo.geometry.se3 import invert_se3
 from vggrpo.models.vggt import VGGT
-from vggrpo.models.vggt_layers import ConvStem
 from vggrpo.world import WorldBatch
 
 CELL = 2  # pixels a side over which a displacement is averaged
@@ -53,16 +52,10 @@ class Matched(nn.Module):
         self.cells = network.config.patch // CELL
         self.match = nn.Linear(network.config.dim, 2 * self.cells**2 * 2)
         self._tokens: Tensor | None = None
-        self._compared: Tensor | None = None
         network.convs[-1].register_forward_hook(self._keep)
-        if isinstance(network.stem, ConvStem) and network.stem.correlation is not None:
-            network.stem.correlation.compare.register_forward_hook(self._keep_compared)
 
     def _keep(self, module: nn.Module, inputs: object, output: Tensor) -> None:
         self._tokens = output
-
-    def _keep_compared(self, module: nn.Module, inputs: object, output: Tensor) -> None:
-        self._compared = output
 
     def loss(self, world: WorldBatch) -> Tensor:
         """Mean end-point error in pixels, of the batch that `network.predict` has just seen."""
@@ -78,25 +71,4 @@ class Matched(nn.Module):
             motion = motion.view(b, s, h * c, CELL, w * c, CELL, 2).mean((3, 5))
             valid = valid.view(b, s, h * c, CELL, w * c, CELL).all(5).all(3)
             total = total + ((out[:, :, k] - motion).norm(dim=-1) * valid).sum() / valid.sum().clamp_min(1) / 2
-            if self._compared is not None:
-                found = self._compared.chunk(2, -1)[k]
-                total = total + _comparison_error(found, motion, valid, self.network.config.stem_radius) / 2
-        self._compared = None
         return total
-
-
-def _comparison_error(
-    found: Float[Tensor, "B S P K"], motion: Float[Tensor, "B S h w 2"], valid: Bool[Tensor, "B S h w"], radius: int
-) -> Tensor:
-    """End-point error in pixels of the mean displacement under the stem's probabilities, where its window reaches."""
-    b, s, h, w, _ = motion.shape
-    rows = int(found.shape[2] ** 0.5 * (h / w) ** 0.5 + 0.5)
-    merge, size = h // rows, CELL * h // rows  # cells of the stem are larger than ours
-    offset = torch.arange(-radius, radius + 1, device=found.device) * float(size)
-    dy, dx = torch.meshgrid(offset, offset, indexing="ij")
-    mean = found @ torch.stack([dx.flatten(), dy.flatten()], -1)
-    motion = motion.view(b, s, rows, merge, w // merge, merge, 2).mean((3, 5)).flatten(2, 3)
-    valid = valid.view(b, s, rows, merge, w // merge, merge).all(5).all(3).flatten(2) & (
-        motion.abs().amax(-1) < radius * size
-    )
-    return ((mean - motion).norm(dim=-1) * valid).sum() / valid.sum().clamp_min(1)

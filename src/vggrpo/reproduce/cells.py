@@ -25,6 +25,7 @@ from vggrpo.reproduce.lgms import trained_lgm
 from vggrpo.reproduce.recipes import TABLES, Arm
 from vggrpo.reproduce.settings import Settings, arm_config, run_logs, seconds_of
 from vggrpo.rewards.latent import WeightedLatentReward
+from vggrpo.rewards.registry import audited_options
 from vggrpo.sampling.generate import generate_videos
 from vggrpo.sampling.guidance import RewardGuidance
 from vggrpo.sampling.steering import Steering
@@ -96,7 +97,8 @@ def measured_with(
     rows = read_jsonl(evaluate_manifest(manifest, run_dir / "eval" / name, "fast"))
     if all(REWARDS.keys() <= row["metrics"].keys() for row in rows):
         return rows
-    return score_latents(run_dir, name, config.lgm.path, pick_device(settings.device))
+    options = audited_options(config.rewards)
+    return score_latents(run_dir, name, config.lgm.path, pick_device(settings.device), options)
 
 
 def _steering(arm: Arm, config: TrainConfig, settings: Settings) -> Steering | None:
