@@ -9,6 +9,8 @@ from unittest.mock import create_autospec
 import pytest
 
 from vggrpo.cli import main
+from vggrpo.config import load_config
+from vggrpo.rewards.registry import audited_options
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, module: str, name: str):
@@ -66,9 +68,12 @@ def test_generate_reads_its_prompts_first(tmp_path, capsys):
 def test_audit_reward(monkeypatch):
     call = stand_in(monkeypatch, "vggrpo.evaluation.audit", "audit_reward")
     assert main(["audit-reward", "--output", "out", "--clips", "8"]) == 0
-    call.assert_called_once_with(
-        "embedded", Path("out"), clips=8, seed=0, video_model=None, judge=None, num_frames=17, size=(64, 64)
-    )
+    same = dict(clips=8, seed=0, video_model=None, judge=None, num_frames=17, size=(64, 64))
+    tiny = audited_options(load_config("tiny").rewards)
+    assert tiny["camera_motion_smoothness"]["eps_rotation"] > 1e-3
+    call.assert_called_once_with("embedded", Path("out"), **same, options=tiny)
+    assert main(["audit-reward", "--output", "out", "--clips", "8", "--recipe", "wan2.1-t2v-1.3b"]) == 0
+    call.assert_called_with("embedded", Path("out"), **same, options={})  # that recipe keeps the defaults
 
 
 def test_world_pretrain(monkeypatch):
