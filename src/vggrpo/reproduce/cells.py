@@ -17,7 +17,7 @@ from vggrpo.config import TrainConfig
 from vggrpo.evaluation import Comparison, compare, compare_quality, evaluate_manifest, summarise_comparison, verdict
 from vggrpo.evaluation.benchmarks import load_prompt_sets
 from vggrpo.evaluation.latent_scores import REWARDS, score_latents
-from vggrpo.io.manifest import read_jsonl
+from vggrpo.io.manifest import read_jsonl, write_jsonl
 from vggrpo.models.loading import pick_device
 from vggrpo.posttraining import train
 from vggrpo.posttraining.trainer import load_lgm
@@ -120,12 +120,30 @@ def paired(base: Sequence[Row], runs: Sequence[Sequence[Row]]) -> Comparison:
     return compare(pooled([base] * len(runs)), pooled(runs))
 
 
+def joined_manifest(sets: Sequence[str], name: str, folder: Path) -> Path:
+    """One manifest of a model's videos of several prompt sets; of one set its own."""
+    manifests = [folder / prompt_set / name / "manifest.jsonl" for prompt_set in sets]
+    if len(manifests) == 1:
+        return manifests[0]
+    rows = [
+        row | {"path": str((manifest.parent / row["path"]).relative_to(folder))}
+        for manifest in manifests
+        for row in read_jsonl(manifest)
+    ]
+    return write_jsonl(folder / f"{'+'.join(sets)}-{name}.jsonl", rows)
+
+
 def compared(
-    arm: Arm, base: Sequence[Row], runs: Sequence[Sequence[Row]], prompt_set: str, folder: Path, settings: Settings
+    arm: Arm,
+    base: Sequence[Row],
+    runs: Sequence[Sequence[Row]],
+    sets: Sequence[str],
+    folder: Path,
+    settings: Settings,
 ) -> dict[str, Any]:
-    """A row of a table: differences from the base model, and whether they count."""
+    """A row of a table: differences from the base model over the prompts of `sets`, and whether they count."""
     comparison = paired(base, runs)
-    manifests = [folder / prompt_set / name / "manifest.jsonl" for name in ("base-s0", f"{arm.name}-s0")]
+    manifests = [joined_manifest(sets, name, folder) for name in ("base-s0", f"{arm.name}-s0")]
     kernel = compare_quality(manifests[0], manifests[1], reference=8 if settings.quick else 96)
     judged = verdict(comparison, kernel)
     row: dict[str, Any] = {

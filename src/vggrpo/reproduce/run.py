@@ -16,7 +16,7 @@ from typing import Any
 
 from vggrpo.errors import UserError
 from vggrpo.io.atomic import ensure_directory
-from vggrpo.reproduce.cells import BASE, Say, compared, measured, spent, training_seeds
+from vggrpo.reproduce.cells import BASE, Row, Say, compared, measured, spent, training_seeds
 from vggrpo.reproduce.hacking import study_hacking
 from vggrpo.reproduce.lgms import about_lgm, lgm_config
 from vggrpo.reproduce.recipes import STUDIES, TABLES, Arm, Table
@@ -87,13 +87,22 @@ def _table(name: str, table: Table, folder: Path, settings: Settings, chosen: Se
         "table": name, "title": table.title, "claim": table.claim, "settings": asdict(settings), "machine": machine(),
         "arms": {arm.name: {"about": arm.about} for arm in chosen}, "sets": {},
     }  # fmt: skip
-    for prompt_set in settings.sets or table.sets:
+    sets = settings.sets or table.sets
+    everything: dict[str, tuple[list[Row], list[list[Row]]]] = {arm.name: ([], []) for arm in chosen}
+    for prompt_set in sets:
         base = measured(BASE, 0, prompt_set, folder, settings, say)
         rows: dict[str, Any] = {}
         for arm in chosen:
             runs = [measured(arm, s, prompt_set, folder, settings, say) for s in range(training_seeds(arm, settings))]
-            rows[arm.name] = compared(arm, base, runs, prompt_set, folder, settings)
+            rows[arm.name] = compared(arm, base, runs, [prompt_set], folder, settings)
+            all_base, all_runs = everything[arm.name]
+            all_base += base
+            all_runs[:] = [a + b for a, b in zip(all_runs, runs, strict=True)] if all_runs else runs
         result["sets"][prompt_set] = rows
+    if len(sets) > 1:  # all prompts together: what a claim is made of
+        result["sets"][" + ".join(sets)] = {
+            arm.name: compared(arm, *everything[arm.name], sets, folder, settings) for arm in chosen
+        }
     for arm in chosen:
         result["arms"][arm.name] |= spent(arm, folder, settings)
         if arm.lgm is not None:
