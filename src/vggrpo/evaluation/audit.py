@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -113,7 +113,7 @@ class _Subject:
     video_model: WanVideoModel
     num_frames: int
     size: tuple[int, int]
-    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    options: Mapping[str, Mapping[str, Any]]
 
     def terms(self, prediction: GeometryPrediction) -> dict[str, Tensor]:
         """`TERMS` of a geometry, with the options of the training to come."""

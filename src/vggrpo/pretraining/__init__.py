@@ -76,8 +76,6 @@ def _pipeline(
     first_vae = None if before is None else before.vae
     made = vae.train_vae(clips, output / "work" / "vae", _with_steps(vae.SCHEDULE, steps), start=first_vae)
     latents = [generator.encode_latents(made, path, output / "latents" / path.parent.name) for path in clips]
-    for path in heldout:
-        generator.encode_latents(made, path, output / "latents" / path.parent.name)
     texts = Shards.load(clips, video=False, truth=False).texts
     model = generator.train_generator(
         latents, texts, output / "work" / "generator", _with_steps(generator.SCHEDULE, steps), start=before
@@ -139,11 +137,13 @@ def _attributes(
 
 
 def _lgm(output: Path, clips: list[Path], heldout: list[Path], steps: int | None, start: Path | None) -> dict[str, Any]:
+    from vggrpo.config import load_config
     from vggrpo.evaluation.audit import audit_reward
     from vggrpo.lgm import LGMConfig
     from vggrpo.models.vggt import VGGT
     from vggrpo.models.wan import WanVideoModel
     from vggrpo.pretraining import lgm
+    from vggrpo.rewards.registry import audited_options
 
     for needed in ("pipeline", "geometry"):
         if not (output / needed).is_dir():
@@ -178,7 +178,8 @@ def _lgm(output: Path, clips: list[Path], heldout: list[Path], steps: int | None
     model = lgm.compressed(model, teacher)
     model.save_pretrained(output / "lgm", torch.float16)
     if (output / "judge").is_dir():  # training asks for an audit beside the LGM
-        audit_reward(output / "lgm", output / "lgm", clips=lgm.AUDIT_CLIPS, models=output)
+        options = audited_options(load_config("tiny").rewards)  # of the recipe that trains on this LGM
+        audit_reward(output / "lgm", output / "lgm", clips=lgm.AUDIT_CLIPS, models=output, options=options)
     return lgm.measure_lgm(model, teacher, lgm.EncodedClips(heldout, video_model))
 
 

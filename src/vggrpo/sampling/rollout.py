@@ -7,7 +7,7 @@ so it is computed once for them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -166,10 +166,8 @@ def rollout(
     shared, index = _distinct(prompt_ids, noise_seeds)
     latents = seeded_noise([noise_seeds[i] for i in shared], shape, model.device)
     latents = pin_first_frame(latents, None if first_frame is None else first_frame[shared])
-    for i in range(start):
-        velocity = chunks.velocity(latents, sigmas[i], text[shared])
-        latents = ode_step(latents, velocity, sigmas[i], sigmas[i + 1], mask=mask)
-    latents, record = latents[index], _Record(offload, keep_means, keep_dtype)
+    latents = chunks.descend(latents, sigmas[: start + 1], text[shared], mask)[index]
+    record = _Record(offload, keep_means, keep_dtype)
     for i in range(start, len(sigmas) - 1):
         if i in steps:
             latents = latents.to(keep_dtype).float()
@@ -179,9 +177,7 @@ def rollout(
             continue
         eps = seeded_noise([derive_seed(seed, i) for seed in step_seeds], shape, model.device)
         score = partial(sde_step, latents, velocity, sigmas[i], sigmas[i + 1], mask=mask, **vars(noise))
-        step = score(noise=eps)
-        if keep_dtype != torch.float32:
-            step = score(next_sample=step.next_sample.to(keep_dtype))
+        step = _kept_step(score, eps, keep_dtype)
         record.add(latents, step, follows=i - 1 in steps)
         latents = step.next_sample
     return record.trajectory(latents, sigmas, steps, pinned=mask is not None)
@@ -236,6 +232,18 @@ class _Chunks:
             for x, y in zip(latents.split(self.size), text.split(self.size), strict=True)
         ]
         return torch.cat(parts)
+
+    def descend(self, latents: Tensor, sigmas: Tensor, text: Tensor, mask: Tensor | None) -> Tensor:
+        """Latents at the last of `sigmas`, by deterministic steps from the first."""
+        for i in range(len(sigmas) - 1):
+            latents = ode_step(latents, self.velocity(latents, sigmas[i], text), sigmas[i], sigmas[i + 1], mask=mask)
+        return latents
+
+
+def _kept_step(score: Callable[..., SDEStep], eps: Tensor, dtype: torch.dtype) -> SDEStep:
+    """The stochastic step with this noise, ending at a state that `dtype` can hold."""
+    step = score(noise=eps)
+    return step if dtype == torch.float32 else score(next_sample=step.next_sample.to(dtype))
 
 
 class _Record:
