@@ -11,15 +11,23 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from vggrpo import __version__
 from vggrpo.commands import COMMANDS
 from vggrpo.errors import UserError
 
 
+class _Parser(argparse.ArgumentParser):
+    """Bad usage is one line too, without argparse's pages of usage in front of it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}; see `{self.prog} --help`\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser with all commands; each sets `run`, and `resume` to what a user does after an interruption."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="vggrpo",
         description="Post-train video diffusion models for world consistency with 4D rewards read from their latents.",
         epilog="Start with `vggrpo demo`: offline, on a CPU, in minutes.",

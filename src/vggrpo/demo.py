@@ -113,7 +113,7 @@ def _spent(path: Path) -> Iterator[None]:
 def _prepare(output: Path, settings: dict[str, Any], fresh: bool) -> Path:
     """The run's directory; refuses one that another demo (or something else) lives in."""
     marker = output / "demo.json"
-    if output.exists() and any(output.iterdir()) and not marker.exists():
+    if output.is_dir() and any(output.iterdir()) and not marker.exists():
         raise UserError(f"{output} is not empty and holds no demo; name another --output")
     if fresh and marker.exists():
         shutil.rmtree(output)

@@ -103,7 +103,12 @@ def test_every_command_has_help_a_run_and_a_resume(capsys):
         (["world", "sample"], "--output"),
         (["world", "sample", "--output", "x", "--count", "0"], "0 is not at least 1"),
         (["world", "sample", "--output", "x", "--count", "many"], "'many' is not a whole number"),
+        (["world", "sample", "--output", "x", "--count", "99999999999"], "is more than 1000000"),
         (["world", "sample", "--output", "x", "--size", "1x2x3"], "HEIGHTxWIDTH"),
+        (["world", "sample", "--output", "x", "--size", "wide"], "HEIGHTxWIDTH"),
+        (["generate", "--prompts", "x", "--output", "x", "--fps", "0"], "0 is not a number from 0.01 to 1000"),
+        (["generate", "--prompts", "x", "--output", "x", "--guidance-scale", "nan"], "nan is not a number"),
+        (["generate", "--prompts", "x", "--output", "x", "--guidance", "hard"], "'hard' is not a number"),
         (["world", "sample", "--output", "x", "--frames", "1"], "1 is not at least 2"),
         (["world", "sample", "--output", "x", "--seed", "-1"], "-1 is not at least 0"),
     ],
@@ -112,4 +117,5 @@ def test_bad_arguments_exit_with_2_and_name_the_argument(arguments, message, cap
     with pytest.raises(SystemExit) as stop:
         cli.main(arguments)
     assert stop.value.code == 2
-    assert message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and "--help`" in error

@@ -65,6 +65,32 @@ def test_generate_reads_its_prompts_first(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_generate_refuses_a_reward_that_nothing_asks_for(tmp_path, capsys):
+    (tmp_path / "p.txt").write_text("a red ball\n")
+    arguments = ["--prompts", str(tmp_path / "p.txt"), "--output", str(tmp_path / "out")]
+    assert main(["generate", *arguments, "--reward", "camera_motion_smoothness"]) == 2
+    assert "--best-of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["demo"], ["audit-reward"], ["analyze-lgm"], ["world", "pretrain", "judge"], ["world", "sample"]],
+    ids=lambda words: words[-1],
+)
+def test_an_output_that_is_a_file_is_refused_before_any_work(command, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    assert main([*command, "--output", str(tmp_path / "file")]) == 2
+    error = capsys.readouterr().err
+    assert "is a file, not a directory" in error and error.count("\n") == 1
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_world_pretrain_looks_for_its_start_before_it_renders(tmp_path, capsys):
+    start = ["--start", str(tmp_path / "none")]
+    assert main(["world", "pretrain", "judge", "--output", str(tmp_path / "out"), *start]) == 2
+    assert "no model to start from" in capsys.readouterr().err and not list((tmp_path / "out").iterdir())
+
+
 def test_audit_reward(monkeypatch):
     call = stand_in(monkeypatch, "vggrpo.evaluation.audit", "audit_reward")
     assert main(["audit-reward", "--output", "out", "--clips", "8"]) == 0

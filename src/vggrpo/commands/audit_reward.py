@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from vggrpo.commands.arguments import START_AGAIN, Subparsers, at_least, image_size
+from vggrpo.commands.arguments import START_AGAIN, Subparsers, at_least, image_size, seed
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -21,7 +21,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("--lgm", default="embedded", help="directory of an LGM (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("runs/audit"), help="directory (default: %(default)s)")
     parser.add_argument("--clips", type=at_least(8), default=96, help="clips of each kind (default: %(default)s)")
-    parser.add_argument("--seed", type=at_least(0), default=0, help="first seed (default: %(default)s)")
+    parser.add_argument("--seed", type=seed, default=0, help="first seed (default: %(default)s)")
     parser.add_argument("--video-model", help="pipeline whose latents the LGM reads (default: the embedded one)")
     parser.add_argument("--judge", help="geometry model that the LGM was not made from (default: the embedded one)")
     parser.add_argument("--frames", type=at_least(3), default=17, help="RGB frames a clip (default: %(default)s)")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from vggrpo.commands.arguments import GO_ON, Subparsers, at_least
+from vggrpo.commands.arguments import GO_ON, Subparsers, at_least, seed
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -19,7 +19,7 @@ def add_parser(subparsers: Subparsers) -> None:
         ),
     )
     parser.add_argument("--output", type=Path, default=Path("vggrpo-demo"), help="directory (default: %(default)s)")
-    parser.add_argument("--seed", type=at_least(0), default=0, help="seed of the training run (default: %(default)s)")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of the training run (default: %(default)s)")
     parser.add_argument("--updates", type=at_least(1), help="GRPO updates (default: as the shipped recipe)")
     parser.add_argument("--fresh", action="store_true", help="start over, even where a run lies in the directory")
     parser.set_defaults(run=run, resume=GO_ON)

@@ -5,7 +5,16 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from vggrpo.commands.arguments import GO_ON, Subparsers, at_least, image_size
+from vggrpo.commands.arguments import (
+    GO_ON,
+    Subparsers,
+    at_least,
+    frame_rate,
+    guidance_scale,
+    image_size,
+    number,
+    seed,
+)
 from vggrpo.errors import UserError
 
 
@@ -33,14 +42,16 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("--arm", help="name of the arm in the manifest (default: tuned with --lora, else base; with "
                         "-guided and -bestN behind it)")  # fmt: skip
     parser.add_argument("--seeds", type=at_least(1), default=1, help="videos a prompt (default: %(default)s)")
-    parser.add_argument("--seed", type=at_least(0), default=0, help="first seed (default: %(default)s)")
+    parser.add_argument("--seed", type=seed, default=0, help="first seed (default: %(default)s)")
     parser.add_argument("--steps", type=at_least(1), default=50, help="denoising steps (default: %(default)s)")
-    parser.add_argument("--guidance-scale", type=float, default=1.0, help="classifier-free guidance, 1 = none")
+    parser.add_argument("--guidance-scale", type=guidance_scale, default=1.0, help="classifier-free guidance, 1 = none")
     parser.add_argument("--frames", type=at_least(1), default=17, help="frames, 4n+1 (default: %(default)s)")
     parser.add_argument(
         "--size", type=image_size, default=(64, 64), metavar="N|HxW", help="pixels, 64 or 480x832 (default: 64)"
     )
-    parser.add_argument("--fps", type=float, default=8.0, help="frames a second in the file (default: %(default)s)")
+    parser.add_argument(
+        "--fps", type=frame_rate, default=8.0, help="frames a second in the file (default: %(default)s)"
+    )
     parser.add_argument("--batch", type=at_least(1), default=8, help="videos at once (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: %(default)s)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
@@ -53,7 +64,7 @@ def _add_steering(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "latent reward", "steer sampling by a reward, without training; what a video cost is in OUTPUT/ARM/cost.json"
     )
-    group.add_argument("--guidance", type=float, default=0.0, metavar="SCALE", help="strength of guidance, 0 = off")
+    group.add_argument("--guidance", type=number(0), default=0.0, metavar="SCALE", help="strength of guidance, 0 = off")
     group.add_argument("--guidance-every", type=at_least(1), default=20, metavar="N", help="guide every N-th step "
                        "(default: %(default)s)")  # fmt: skip
     group.add_argument("--guidance-detach", action="store_true", help="keep the gradient out of the video model: "
@@ -98,6 +109,8 @@ def run(arguments: argparse.Namespace) -> None:
     from vggrpo.sampling.generate import generate_videos
 
     steering = None
+    if arguments.reward and not arguments.guidance and arguments.best_of == 1:
+        raise UserError("--reward says what to steer by; give --guidance SCALE or --best-of N as well, or leave it out")
     if arguments.guidance != 0 or arguments.best_of > 1:
         from vggrpo.models.loading import pick_device
         from vggrpo.posttraining.trainer import load_lgm

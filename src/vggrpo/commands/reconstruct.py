@@ -35,7 +35,7 @@ def add_parser(subparsers: Subparsers) -> None:
     )  # fmt: skip
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: %(default)s)")
     parser.add_argument("--view", action="store_true", help="then show it live in the browser (needs vggrpo[view])")
-    parser.add_argument("--port", type=at_least(1), default=8080, help="of --view (default: %(default)s)")
+    parser.add_argument("--port", type=at_least(1, most=65535), default=8080, help="of --view (default: %(default)s)")
     parser.set_defaults(run=run, resume=START_AGAIN)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from vggrpo.commands.arguments import GO_ON, Subparsers, at_least
+from vggrpo.commands.arguments import GO_ON, Subparsers, at_least, guidance_scale
 
 NAMES = (
     "main", "main-seconds", "rewards", "geometry", "lgm", "generalisation", "guidance", "efficiency", "robustness",
@@ -34,7 +34,9 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("--prompts", type=at_least(2), default=96, help="at most, of each set (default: %(default)s)")
     parser.add_argument("--videos", type=at_least(1), default=2, help="a prompt and model (default: %(default)s)")
     parser.add_argument("--steps", type=at_least(2), default=20, help="denoising steps (default: %(default)s)")
-    parser.add_argument("--guidance-scale", type=float, default=3.0, help="classifier-free (default: %(default)s)")
+    parser.add_argument(
+        "--guidance-scale", type=guidance_scale, default=3.0, help="classifier-free (default: %(default)s)"
+    )
     parser.add_argument("--updates", type=at_least(1), help="of GRPO; the rivals get as many videos (default: recipe)")
     parser.add_argument(
         "--lgm-config", default="lgm-tiny", help="recipe of the LGMs of table lgm (default: %(default)s)"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vggrpo.assets import NAMES
-from vggrpo.commands.arguments import GO_ON, START_AGAIN, Subparsers, at_least, image_size
+from vggrpo.commands.arguments import GO_ON, START_AGAIN, Subparsers, at_least, image_size, seed
 
 if TYPE_CHECKING:
     from vggrpo.io.manifest import ManifestRow
@@ -34,7 +34,7 @@ def _add_sample(actions: Subparsers) -> None:
     )
     sample.add_argument("--output", type=Path, required=True, help="new directory for the clips and manifest.jsonl")
     sample.add_argument("--count", type=at_least(1), default=8, help="clips (default: %(default)s)")
-    sample.add_argument("--seed", type=at_least(0), default=0, help="first seed (default: %(default)s)")
+    sample.add_argument("--seed", type=seed, default=0, help="first seed (default: %(default)s)")
     sample.add_argument("--frames", type=at_least(2), default=17, help="frames a clip (default: %(default)s)")
     sample.add_argument(
         "--size", type=image_size, default=(64, 64), metavar="N|HxW", help="pixels, 64 or 48x96 (default: 64)"

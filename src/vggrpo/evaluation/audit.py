@@ -72,6 +72,7 @@ def audit_reward(
         num_frames, size: RGB frames and (height, width) of all clips.
         options: keyword arguments of the two rewards by their names, as training will use them (`audited_options`).
     """
+    ensure_directory(output)  # fail before any work
     model = LatentGeometryModel.from_pretrained(assets.path("lgm") if str(lgm) == "embedded" else lgm)
     judge_path, pipeline = (assets.path(n) if models is None else models / n for n in ("judge", "pipeline"))
     generator = WanVideoModel.from_pretrained(video_model or pipeline)
@@ -97,7 +98,7 @@ def audit_reward(
         "clips": clips, "seed": seed, "options": {k: dict(v) for k, v in subject.options.items()},
         "passed": bool(passed),
     }  # fmt: skip
-    write_audit_page(ensure_directory(output) / "audit.html", result, rendered, generated, groups)
+    write_audit_page(Path(output) / "audit.html", result, rendered, generated, groups)
     _print(result)
     result = _without_nan(result)
     atomic_write_json(Path(output) / "audit.json", result)

@@ -19,6 +19,7 @@ from torch import Tensor
 from vggrpo.config import EMBEDDED
 from vggrpo.errors import UserError
 from vggrpo.geometry import GeometryPrediction
+from vggrpo.io.atomic import ensure_directory
 from vggrpo.lgm.cache import teacher_views
 from vggrpo.lgm.clips import video_sources
 from vggrpo.lgm.losses import geometry_errors
@@ -190,8 +191,9 @@ def analyze_lgm(
     from vggrpo.models.loading import load_vae, pick_device
 
     unknown = sorted(set(parts) - set(PARTS))
-    if unknown:
-        raise UserError(f"no part called {unknown[0]!r}; there are {', '.join(PARTS)}")
+    if unknown or not parts:
+        raise UserError(f"no part {f'called {unknown[0]!r}' if unknown else 'chosen'}; there are {', '.join(PARTS)}")
+    ensure_directory(output)
     vae = load_vae(video_model, device=device, load_generator=False)
     vae.latent_spec.latent_shape(num_frames, *size)
     analysis = load_analysis(lgm, vae, geometry, pick_device(device))

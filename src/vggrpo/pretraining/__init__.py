@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from vggrpo.errors import UserError
+from vggrpo.io.atomic import ensure_directory
 
 SHARDS, HELDOUT_SHARDS = 40, 1
 
@@ -42,12 +43,12 @@ def pretrain(
     }  # fmt: skip
     if name not in makers:
         raise UserError(f"no recipe called {name!r}; there are {', '.join(makers)}")
-    output = Path(output)
-    torch.manual_seed(0)
-    clips, heldout = render(output, shards)
+    output = ensure_directory(output)
     before = None if start is None else Path(start) / name
     if before is not None and not before.is_dir():
-        raise UserError(f"there is no model to start from in {before}")
+        raise UserError(f"there is no model to start from in {before}; name a directory that holds {name}/")
+    torch.manual_seed(0)
+    clips, heldout = render(output, shards)
     card = makers[name](output, clips, heldout, steps, before)
     (output / name / "card.json").write_text(json.dumps(card, indent=2) + "\n")
     print(json.dumps(card))
