@@ -9,6 +9,7 @@ Fields that only steer how long a run is, or where it writes, may change at resu
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -322,7 +323,8 @@ def recipe_path(name: str | Path) -> Path:
             if (folder / f"{stem}.yaml").is_file():
                 return folder / f"{stem}.yaml"
     shipped = sorted({file.stem for folder in folders for file in folder.glob("*.yaml")})
-    raise UserError(f"no config at {name}; give a YAML file or a shipped recipe: {', '.join(shipped) or 'none found'}")
+    what = f"{name} is a directory" if str(name) and path.is_dir() else f"no config at {str(name)!r}"
+    raise UserError(f"{what}; give a YAML file or a shipped recipe: {', '.join(shipped) or 'none found'}")
 
 
 def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> TrainConfig:
@@ -374,12 +376,18 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path} is not readable YAML: {' '.join(str(error).split())[:200]}") from error
+        raise UserError(f"{path} is not readable YAML: {_problem(error)}; mend it there") from error
     if values is None:
         return {}
     if not isinstance(values, dict):
         raise UserError(f"{path} holds a {type(values).__name__}, expected keys and values such as `updates: 100`")
     return values
+
+
+def _problem(error: Exception) -> str:
+    """What a YAML file suffers from and where, on one line."""
+    problem, mark = getattr(error, "problem", None), getattr(error, "problem_mark", None)
+    return f"line {mark.line + 1}: {problem}" if problem and mark else " ".join(str(error).split())[:200]
 
 
 def _override(values: Mapping[str, Any], override: str) -> dict[str, Any]:
@@ -400,7 +408,7 @@ def _set(values: Mapping[str, Any], keys: Sequence[str], value: Any) -> dict[str
         copy[keys[0]] = value
         return copy
     inner = copy.get(keys[0])
-    if isinstance(inner, int | float) and keys[1:] != ["weight"]:
+    if isinstance(inner, int | float) and keys[1] == "options":  # of a reward that is written `name: weight`
         inner = {"weight": inner}
     copy[keys[0]] = _set(inner if isinstance(inner, Mapping) else {}, keys[1:], value)
     return copy
@@ -425,6 +433,7 @@ def _explain(error: ValidationError, kind: type[BaseModel]) -> str:
         same_leaf = [key for key in known if key.split(".")[-1] == str(first["loc"][-1])]
         return f"unknown config key {name!r}; the nearest known key is {(same_leaf or near)[0]!r}"
     message = first["msg"].removeprefix("Value error, ")
+    message = re.sub(r"a valid dictionary or instance of \w+", "a section of keys and values", message)
     return (
         f"config: {message}"
         if not name

@@ -25,9 +25,11 @@ def least_micro_batch(setting: MicroBatchSize) -> int:
 
 
 class Section(BaseModel):
-    """A part of the config: unknown keys are errors, values do not change after loading."""
+    """A part of the config: unknown keys, NaN and infinity are errors, values do not change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=(), use_attribute_docstrings=True
+    )
 
 
 class RewardSpaceConfig(Section):

@@ -55,6 +55,9 @@ def test_overrides():
         ("learning_rate=3", "nearest known key is 'optim.learning_rate'"),
         ("updates=0", "'updates'"),
         ("updates=many", "'updates'"),
+        ("optim.learning_rate=.inf", "'optim.learning_rate' is inf: input should be a finite number"),
+        ("updates.x=3", r"'updates' is \{'x': 3\}"),
+        ("grpo=3", "'grpo' is 3: input should be a section"),
         ("grpo.samples_per_prompt=1", "samples_per_prompt"),
         ("algorithm=ppo", "algorithm"),
         ("sampling.window=8", "sampling.window"),
@@ -77,8 +80,10 @@ def test_bad_files(tmp_path):
     with pytest.raises(UserError, match="list"):
         load_config(tmp_path / "list.yaml")
     (tmp_path / "broken.yaml").write_text("a: [")
-    with pytest.raises(UserError, match="YAML"):
+    with pytest.raises(UserError, match="YAML: line 1: "):
         load_config(tmp_path / "broken.yaml")
+    with pytest.raises(UserError, match="is a directory"):
+        load_config(tmp_path)
 
 
 def test_resume_difference_names_the_field():

@@ -17,6 +17,7 @@ from vggrpo.lgm.model import geometry_licence
 from vggrpo.models import GeometryModel, load_geometry_model
 from vggrpo.models.attributes import AttributeClassifier
 from vggrpo.models.licences import WEIGHTS, licence_of
+from vggrpo.models.loading import pick_device
 from vggrpo.models.pretrained import read_weights
 from vggrpo.models.vggt import VGGT, VGGTConfig
 
@@ -77,12 +78,19 @@ def test_a_pickle_with_code_is_not_run(tmp_path: Path) -> None:
             return (Path.touch, (tmp_path / "sprung",))
 
     torch.save({"aggregator.camera_token": Trap()}, tmp_path / "model.pt")
-    refused(tmp_path / "model.pt", "cannot be read")
+    refused(tmp_path / "model.pt", "cannot be read", "holds more than weights")
     assert not (tmp_path / "sprung").exists()
     torch.save({"model": {"a": torch.ones(2)}, "optimizer": {"lr": 1}}, tmp_path / "model.pt")
     assert set(read_weights(tmp_path / "model.pt")) == {"a"}
     torch.save({"a": [1, 2]}, tmp_path / "model.pt")
     refused(tmp_path / "model.pt", "something else than weights")
+
+
+@pytest.mark.parametrize("name", ["meta", "fpga", "cuda:99"])
+def test_a_device_that_cannot_compute_is_one_line(name: str) -> None:
+    with pytest.raises(UserError, match="use auto, cpu") as error:
+        pick_device(name)
+    assert "\n" not in str(error.value)
 
 
 def test_the_licence_is_said_before_the_hub_is_asked(monkeypatch, caplog: pytest.LogCaptureFixture) -> None:

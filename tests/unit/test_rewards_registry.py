@@ -38,6 +38,14 @@ def test_what_cannot_be_used_is_one_line(offered, name, said):
     assert "\n" not in str(error.value)
 
 
+def test_an_option_that_a_reward_does_not_have_is_refused_beforehand(offered):
+    registry.check_options("camera_motion_smoothness", {"eps_rotation": 0.1})
+    with pytest.raises(UserError, match="no option 'eps_rotatoin'; the nearest that it has is 'eps_rotation'"):
+        registry.check_options("camera_motion_smoothness", {"eps_rotatoin": 0.1})
+    with pytest.raises(UserError, match="no option 'context'"):
+        registry.check_options("camera_motion_smoothness", {"context": None})
+
+
 def test_the_example_of_the_documentation_is_a_reward():
     import re
     from pathlib import Path

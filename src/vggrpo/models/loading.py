@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from importlib import import_module
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from vggrpo.config import EMBEDDED
 from vggrpo.errors import UserError
 from vggrpo.models.base import GeometryModel
 from vggrpo.models.licences import licence_of
-from vggrpo.models.pretrained import read_config, read_weights, reading
+from vggrpo.models.pretrained import is_hub_id, read_config, read_weights, reading
 from vggrpo.models.vae import VAE, ImageVAE
 from vggrpo.models.wan import WanVideoModel
 
@@ -109,7 +108,7 @@ def _local(source: str | Path) -> Path:
     """The path itself, or a snapshot of the hub, for which the licence is shown first."""
     if str(source) == EMBEDDED:
         return assets.path("geometry")
-    if Path(source).exists() or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(source)):
+    if Path(source).exists() or not is_hub_id(source):
         return Path(source)
     from huggingface_hub import snapshot_download
 
@@ -133,6 +132,10 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
         raise UserError(f"{name!r} is no device; use auto, cpu or cuda") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"the device is {name} but torch sees no CUDA GPU; use auto or cpu")
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"torch cannot compute on the device {name} here; use auto, cpu or cuda") from error
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device

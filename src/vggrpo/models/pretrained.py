@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import pickle
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +37,11 @@ def reading(what: str, source: str | Path, remedy: str) -> Iterator[None]:
         raise UserError(f"the {what} in {source} cannot be read: {_one_line(error)}; {remedy}") from error
 
 
+def is_hub_id(source: str | Path) -> bool:
+    """Whether `source` may name a repository of the hub: `owner/name`."""
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(source)) is not None
+
+
 def read_config(directory: Path) -> dict[str, Any]:
     """The values of `config.json`."""
     values = json.loads((directory / "config.json").read_text())
@@ -54,7 +61,10 @@ def read_weights(source: Path) -> dict[str, Tensor]:
         source = found[0]
     if source.suffix == ".safetensors":
         return load_file(source)
-    state = torch.load(source, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(source, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # torch's own advice is to run what it holds
+        raise ValueError(f"{source.name} is no weights file, or holds more than weights") from error
     while isinstance(state, Mapping) and len(wrapped := [k for k in ("model", "state_dict") if k in state]) == 1:
         state = state[wrapped[0]]  # training checkpoints keep the weights beside the optimizer
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):

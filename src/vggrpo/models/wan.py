@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from vggrpo.errors import UserError
 from vggrpo.models.base import LatentSpec
+from vggrpo.models.pretrained import is_hub_id
 from vggrpo.models.text_attention import MergedPaddingAttention
 
 MAX_TEXT_TOKENS = (
@@ -237,12 +238,16 @@ def _read_index(path: str | Path) -> dict[str, Any]:
     """The pipeline's `model_index.json`, checked for what is not supported."""
     from diffusers import WanPipeline
 
+    if not Path(path).is_dir() and not is_hub_id(path):
+        raise UserError(
+            f"no diffusers WanPipeline at {path} (no such directory); give one with model_index.json, or a hub id"
+        )
     try:
         index = WanPipeline.load_config(str(path))
     except (OSError, ValueError) as error:
         raise UserError(
             f"no diffusers WanPipeline at {path} ({_first_line(error)}); give a directory with "
-            "model_index.json or a hub id"
+            "model_index.json, or a hub id, and check the name and the network"
         ) from error
     second = index.get("transformer_2")
     if index.get("boundary_ratio") is not None or (second and second[0] is not None):

@@ -12,6 +12,7 @@ from torch import Tensor
 from vggrpo.config import RewardTerm
 from vggrpo.geometry import GeometryPrediction
 from vggrpo.rewards import RewardContext, camera_travel, get_reward
+from vggrpo.rewards.registry import check_options
 
 GeometryReader = Callable[[Float[Tensor, "B C T H W"]], GeometryPrediction]
 
@@ -33,9 +34,9 @@ class Scores:
 
 
 def check_rewards(terms: Mapping[str, RewardTerm]) -> None:
-    """Raise a UserError that names the nearest known reward for an unknown one."""
-    for name in terms:
-        get_reward(name)
+    """Raise a UserError that names the nearest known reward, or option, for an unknown one."""
+    for name, term in terms.items():
+        check_options(name, term.options)
 
 
 @torch.no_grad()

@@ -306,8 +306,11 @@ def load_lgm(
 def _warn_unaudited(lgm: Path, rewards: Mapping[str, RewardTerm] | None = None) -> None:
     """Say so when nothing shows that this LGM's reward is signal (METHOD section 2)."""
     audit = lgm / "audit.json"
-    found = json.loads(audit.read_text()) if audit.is_file() else None
-    if found is None:
+    try:
+        found = json.loads(audit.read_text(encoding="utf-8")) if audit.is_file() else None
+    except ValueError:
+        found = None  # damaged
+    if not isinstance(found, dict):
         logger.warning(
             "the LGM in %s was never audited: its reward may be noise; run `vggrpo audit-reward --lgm %s --output %s`",
             lgm, lgm, lgm,

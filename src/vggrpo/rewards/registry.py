@@ -9,6 +9,7 @@ A package adds a reward with, in its pyproject.toml,
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import entry_points
@@ -38,6 +39,23 @@ AUDITED = ("camera_motion_smoothness", "geometry_reprojection_consistency")  # t
 def audited_options(rewards: Mapping[str, RewardTerm]) -> dict[str, dict[str, Any]]:
     """What a recipe's `rewards` say of the options of the two that an audit asks about; a default says nothing."""
     return {name: dict(rewards[name].options) for name in AUDITED if name in rewards and rewards[name].options}
+
+
+def check_options(name: str, options: Mapping[str, Any]) -> None:
+    """Ask before a roll-out what the reward called `name` would say after it.
+
+    Raises:
+        UserError: an unknown reward, or an option that it does not have (the nearest that it has is named).
+    """
+    parameters = list(inspect.signature(get_reward(name)).parameters.values())[1:]  # the first is the geometry
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return
+    known = [p.name for p in parameters if p.name != "context"]
+    for option in options:
+        if option not in known:
+            near = difflib.get_close_matches(str(option), known, n=1, cutoff=0.0)
+            remedy = f"the nearest that it has is {near[0]!r}" if near else "it has none"
+            raise UserError(f"the reward {name!r} has no option {option!r}; {remedy}")
 
 
 @cache
