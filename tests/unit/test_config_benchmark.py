@@ -118,6 +118,14 @@ def test_a_run_has_tags_statistics_a_report_and_goes_on(tmp_path, generated, cap
     assert "another benchmark (limit: was 2, is 3)" in capsys.readouterr().err
 
 
+def test_what_failed_before_its_first_video_does_not_bind_what_follows(tmp_path, generated, capsys):
+    arguments = ["benchmark", "benchmark-tiny", f"output={tmp_path / 'run'}", "metrics=sharpness", "lgm=null",
+                 "reference=null", f"tuned_lora={tmp_path}"]  # fmt: skip
+    config = load_benchmark_config("benchmark-tiny", [*arguments[2:], "limit=3"])
+    benchmark._prepare(config)
+    assert main([*arguments, "limit=1", "seeds=[0]"]) == 0 and generated == ["base", "tuned"]
+
+
 def test_what_is_missing_is_said_before_anything_is_generated(tmp_path, generated, capsys):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")

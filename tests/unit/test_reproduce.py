@@ -14,7 +14,7 @@ from vggrpo.errors import UserError
 from vggrpo.evaluation.benchmarks import load_prompt_sets
 from vggrpo.reproduce import STUDIES, TABLES, Settings, reproduce
 from vggrpo.reproduce.results import write_results
-from vggrpo.reproduce.settings import arm_config
+from vggrpo.reproduce.settings import arm_config, check_settings
 
 ARMS = {arm.name: arm for table in TABLES.values() for arm in table.arms}
 
@@ -133,8 +133,15 @@ def test_few_prompts_earn_no_mark(tmp_path):
 def test_bad_requests_are_refused_before_any_work(tmp_path):
     with pytest.raises(UserError, match="no table 'mian'"):
         reproduce(["mian"], tmp_path)
-    with pytest.raises(UserError, match="no arm 'sftt'"):
+    with pytest.raises(UserError, match="no arm 'sftt' in main; there are sft"):
         reproduce(["main"], tmp_path, arms=["sftt"])
-    (tmp_path / "settings.json").write_text(json.dumps({"config": "tiny", "seeds": 2}))
+    for wrong in ({"overrides": ("foo",)}, {"sets": ("statik",)}, {"device": "fpga"}, {"config": "none"}):
+        with pytest.raises(UserError):
+            reproduce(["main"], tmp_path, Settings(**wrong))
+    assert not list(tmp_path.iterdir())
+    check_settings(tmp_path / "settings.json", Settings(seeds=2))
+    check_settings(tmp_path / "settings.json", Settings(seeds=1))  # nothing was made with 2
+    check_settings(tmp_path / "settings.json", Settings(seeds=2))
+    (tmp_path / "runs").mkdir()
     with pytest.raises(UserError, match="seeds 2, not 3"):
         reproduce(["main"], tmp_path)

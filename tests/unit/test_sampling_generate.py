@@ -96,6 +96,10 @@ def test_bad_input(tiny_wan_dir, lora_dir, tmp_path):
         generate_videos([], tmp_path, **options)
     with pytest.raises(UserError, match=r"4n\+1"):
         generate_videos(PROMPTS, tmp_path / "a", **options | {"num_frames": 6})
+    assert generate_videos(PROMPTS[:1], tmp_path / "a", **options).is_file()  # what failed does not bind what follows
+    for arm in ("../a", "..", "/a"):
+        with pytest.raises(UserError, match="no name of a directory"):
+            generate_videos(PROMPTS[:1], tmp_path / "a", arm=arm, **options)
     with pytest.raises(UserError, match="no LoRA"):
         generate_videos(PROMPTS, tmp_path / "b", lora=tmp_path / "none", **options)
     other = WanVideoModel.from_pretrained(save_tiny_wan(tmp_path / "wide", width=48))

@@ -94,7 +94,7 @@ def run_benchmark(
 def _prepare(config: BenchmarkConfig) -> Path:
     folder = ensure_directory(config.output)
     kept = folder / "benchmark.yaml"
-    if kept.is_file():
+    if kept.is_file() and any(folder.rglob("*.mp4")):  # one that failed before its first video holds nothing
         try:
             saved = yaml.safe_load(kept.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -102,7 +102,7 @@ def _prepare(config: BenchmarkConfig) -> Path:
         difference = benchmark_difference(saved if isinstance(saved, dict) else {}, config)
         if difference is not None:
             raise UserError(f"{folder} holds another benchmark ({difference}); name another output=...")
-    elif any(folder.iterdir()):
+    elif any(folder.iterdir()) and not kept.is_file():
         raise UserError(f"{folder} is not empty and holds no benchmark; name another output=...")
     atomic_write(kept, dump_benchmark_config(config))
     return folder

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from vggrpo.errors import UserError
+from vggrpo.evaluation.benchmarks import load_prompt_sets
 from vggrpo.io.atomic import ensure_directory
+from vggrpo.models.loading import pick_device
 from vggrpo.reproduce.cells import BASE, Row, Say, compared, measured, spent, training_seeds
 from vggrpo.reproduce.hacking import study_hacking
 from vggrpo.reproduce.lgms import about_lgm, lgm_config
@@ -49,8 +51,11 @@ def reproduce(
     """
     settings = settings or Settings()
     chosen = {name: chosen_arms(name, arms) for name in checked_names(names, arms)}
+    settings.recipe()  # fail before any work, here and below
+    load_prompt_sets(settings.sets)
+    pick_device(settings.device)
     for arm in {arm.name: arm for table in chosen.values() for arm in table if arm.lgm is not None}.values():
-        lgm_config(arm, settings, Path(output))  # fail before any work
+        lgm_config(arm, settings, Path(output))
     folder = ensure_directory(output)
     check_settings(folder / "settings.json", settings)
     return [
@@ -73,7 +78,10 @@ def checked_names(names: Sequence[str], arms: Sequence[str]) -> Sequence[str]:
             raise UserError(f"no table {name!r}; there are {', '.join(known)}")
     unknown = set(arms) - {arm.name for name in names if name in TABLES for arm in TABLES[name].arms}
     if unknown:
-        raise UserError(f"no arm {sorted(unknown)[0]!r} in {', '.join(names)}")
+        known = list(dict.fromkeys(arm.name for name in names if name in TABLES for arm in TABLES[name].arms))
+        raise UserError(
+            f"no arm {sorted(unknown)[0]!r} in {', '.join(names)}; there are {', '.join(known) or 'none to choose'}"
+        )
     return names
 
 

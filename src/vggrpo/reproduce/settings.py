@@ -111,9 +111,10 @@ def seconds_of(log: list[dict[str, float]]) -> float:
 
 
 def check_settings(path: Path, settings: Settings) -> None:
-    """Results of other settings in the same place are an error, not a mixture."""
+    """Results of other settings in the same place are an error, not a mixture. Where there is none yet, as after a
+    call that failed, any settings will do."""
     values = json.loads(json.dumps(asdict(settings)))
-    if path.is_file():
+    if path.is_file() and any(file != path for file in path.parent.iterdir()):
         before = json.loads(path.read_text(encoding="utf-8"))
         for key, value in values.items():
             if key in before and before[key] != value:

@@ -83,6 +83,8 @@ def generate_videos(
     if not prompts:
         raise UserError("there is no prompt; give at least one")
     arm, seeds = arm or ("tuned" if lora is not None else "base"), list(seeds)
+    if Path(arm).name != arm or arm == "..":
+        raise UserError(f"the arm {arm!r} is no name of a directory in {output}; use one without '/'")
     folder = ensure_directory(Path(output) / arm)
     made_by = {"num_steps": num_steps, "guidance_scale": guidance_scale, "num_frames": num_frames, "size": list(size),
                "fps": fps, "dtype": dtype}  # fmt: skip
@@ -262,8 +264,9 @@ def _file_digest(file: Path) -> str:
 
 
 def _check_settings(path: Path, settings: dict[str, Any]) -> None:
-    """Videos of other settings in the same place are an error, not a mixture."""
-    if path.is_file():
+    """Videos of other settings in the same place are an error, not a mixture. Where there is no video yet, as after
+    a call that failed, any settings will do."""
+    if path.is_file() and any(path.parent.glob("*.mp4")):
         try:
             before = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
