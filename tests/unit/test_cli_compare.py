@@ -114,6 +114,43 @@ def test_compare_without_pairs_is_one_line(tmp_path, capsys):
     assert main(["compare", str(tmp_path / "a"), str(tmp_path / "absent")]) == 2
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"metrics": None}, "metrics is None"),
+        ({"metrics": {"sharpness": 1.0}}, "sharpness is 1.0"),
+        ({"metrics": {"sharpness": {"valid": True, "value": "x"}}}, "sharpness is {"),
+        ({"seed": "1"}, "seed is '1'"),
+        ({"tags": 5}, "tags is 5"),
+        ({"metrics": {"sharpness": {"valid": True, "value": 1.0}}}, "share no metric"),
+    ],
+)
+def test_compare_refuses_rows_that_evaluate_never_wrote(tmp_path, capsys, change, message):
+    rows = metric_rows("base", 0.0)
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    write_jsonl(tmp_path / "b.jsonl", [row | change for row in rows[:1]])
+    assert main(["compare", str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]) == 2
+    error = capsys.readouterr().err
+    assert message in error and "vggrpo evaluate" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("detail", "message"),
+    [
+        ({"fingerprint": "0@8 0.0.9", "sources": {}}, "measured by vggrpo 0.1.0, tuned by 0.0.9"),
+        ({"fingerprint": "0@8 0.1.0", "sources": {"epipolar_inliers": "judge: b 2"}}, "judge: a 1 in base"),
+    ],
+)
+def test_compare_refuses_numbers_of_two_judges_or_versions(tmp_path, capsys, detail, message):
+    same = {"fingerprint": "1@8 0.1.0", "sources": {"epipolar_inliers": "judge: a 1"}}
+    for arm, found in (("base", same), ("tuned", detail)):
+        write_jsonl(tmp_path / arm / "metrics.jsonl", metric_rows(arm, 0.0))
+        write_jsonl(tmp_path / arm / "details.jsonl", [found])
+    assert main(["compare", str(tmp_path / "base"), str(tmp_path / "tuned")]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
 def test_a_report_is_made_only_beside_the_videos(tmp_path):
     for arm in ("base", "tuned"):
         (tmp_path / "eval" / arm).mkdir(parents=True)

@@ -141,6 +141,38 @@ def test_same_file_twice_and_an_empty_manifest_are_one_line_errors(tmp_path, cap
     assert [row["seed"] for row in rows] == [0, 1] and rows[0]["metrics"] == rows[1]["metrics"]
 
 
+def test_a_broken_judge_or_device_ends_the_run_before_it_starts(tmp_path, capsys):
+    write_video(tmp_path / "a.mp4", moving(), 8)
+    arguments = ["evaluate", str(tmp_path), "--output", str(tmp_path / "out"), "--metrics", "judge_reprojection"]
+    (tmp_path / "empty").mkdir()
+    for jobs in ("1", "2"):
+        assert main([*arguments, "--jobs", jobs, "--judge", str(tmp_path / "empty")]) == 2
+        error = capsys.readouterr().err
+        assert "no geometry model in" in error and error.count("\n") == 1
+    assert main([*arguments, "--judge", str(tmp_path / "none")]) == 2
+    assert capsys.readouterr().err.startswith("vggrpo: error: --judge ")
+    assert main([*arguments, "--device", "gpu"]) == 2
+    assert "'gpu' is no device" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+def test_a_name_that_is_too_long_is_a_row_with_a_reason(tmp_path):
+    long = "a" * 5000 + ".mp4"
+    manifest = write_manifest(tmp_path / "m.jsonl", [ManifestRow(long, "p", 0, 8, "x")])
+    assert "does not exist" in measured(manifest, tmp_path / "out")[long]["sharpness"]["reason"]
+
+
+def test_lines_of_others_in_the_output_are_passed_over(tmp_path):
+    write_video(tmp_path / "a.mp4", moving(), 8)
+    manifest = write_manifest(tmp_path / "m.jsonl", [ManifestRow("a.mp4", "p", 0, 8, "x")])
+    (tmp_path / "out").mkdir()
+    mine = {"path": "a.mp4", "prompt": "p", "seed": 0, "arm": "x"}
+    lines = [mine, mine | {"path": ["a"]}, [], None]
+    for name in ("metrics.jsonl", "details.jsonl"):
+        (tmp_path / "out" / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert measured(manifest, tmp_path / "out")["a.mp4"]["sharpness"]["valid"]
+
+
 def test_only_what_changed_is_measured_again(tmp_path, monkeypatch):
     import vggrpo.evaluation.evaluate as module
 

@@ -65,6 +65,8 @@ def test_manifest_round_trip(tmp_path):
         ({"fps": None}, "fps is None"),
         ({"tags": "static"}, "tags"),
         ({"prompt": 3}, "prompt is 3"),
+        ({"fps": 10**400}, "fps is 1000"),
+        ({"prompt": "\ud800"}, "half a letter"),
     ],
 )
 def test_bad_manifest_rows_name_row_and_field(tmp_path, change, message):
@@ -84,6 +86,12 @@ def test_manifest_missing_field_empty_and_not_json(tmp_path):
         read_manifest(path)
     path.write_text("{}\n\n{oops")
     with pytest.raises(UserError, match=r"m\.jsonl:3 is not JSON"):
+        read_jsonl(path)
+    path.write_text("[" * 100_000)
+    with pytest.raises(UserError, match="nested too deeply"):
+        read_jsonl(path)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="expected JSON lines"):
         read_jsonl(path)
     path.write_text("[1]")
     with pytest.raises(UserError, match="JSON list, expected an object"):

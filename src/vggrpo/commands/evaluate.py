@@ -43,12 +43,14 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.offline:
         os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"  # read when the hub's client loads
     from vggrpo.evaluation import EvaluationModels, evaluate_manifest
-    from vggrpo.evaluation.metrics import select
+    from vggrpo.evaluation.metrics import insisted, select
 
     models = EvaluationModels(arguments.judge, arguments.attributes, arguments.device, teacher=arguments.teacher)
     missing = models.missing(need for metric in select(arguments.metrics) for need in metric.needs)
+    insisted_on = {need for metric in insisted(arguments.metrics) for need in metric.needs}
     for name, reason in missing.items():
-        print(f"missing: {name}: {reason}", file=sys.stderr)
+        if name not in insisted_on:  # those are the error that follows
+            print(f"missing: {name}: {reason}", file=sys.stderr)
     if arguments.offline and not missing:
         print("nothing is missing", file=sys.stderr)
     path = evaluate_manifest(

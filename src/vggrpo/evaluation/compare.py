@@ -29,6 +29,7 @@ from vggrpo.io.manifest import read_jsonl
 Row = Mapping[str, Any]
 Pair = tuple[str, Hashable]
 MOTION = "motion_flow"
+VERSION = "version"  # of this package, among what metrics were measured with
 COLUMNS = (
     "metric",
     "label",
@@ -162,9 +163,44 @@ class Comparison:
 
 
 def compare_files(base: Path | str, tuned: Path | str, **options: Any) -> Comparison:
-    """`compare` on two `metrics.jsonl` files, or directories that hold one."""
+    """`compare` on two `metrics.jsonl` files, or directories that hold one.
+
+    Raises:
+        UserError: as `compare`; or other weights, or another version, measured the one than the other.
+    """
     files = [Path(path) / "metrics.jsonl" if Path(path).is_dir() else Path(path) for path in (base, tuned)]
-    return compare(*(read_jsonl(file) for file in files), **options)
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{file} does not exist or is not a file; run `vggrpo evaluate` first")
+    comparison = compare(*(read_jsonl(file) for file in files), **options)
+    details = [file.with_name("details.jsonl") for file in files]
+    _check_measured_alike(details[0], details[1], comparison.metrics)
+    return comparison
+
+
+def _check_measured_alike(base: Path, tuned: Path, metrics: Iterable[str]) -> None:
+    """Numbers of two judges, or of two versions of this package, are not compared."""
+    before, after = (_measured_by(file) for file in (base, tuned))
+    for name in (VERSION, *metrics):
+        if name in before and name in after and before[name] != after[name]:
+            mine, theirs = (" and ".join(sorted(found[name])) for found in (before, after))
+            raise UserError(
+                f"{name} was measured with {mine} in base and with {theirs} in tuned; run `vggrpo evaluate` on both "
+                "with the same models"
+                if name != VERSION
+                else f"base was measured by vggrpo {mine}, tuned by {theirs}; run `vggrpo evaluate` on both again"
+            )
+
+
+def _measured_by(details: Path) -> dict[str, set[str]]:
+    """What `evaluate` says each metric was measured with; under `VERSION`, by which version."""
+    found: dict[str, set[str]] = {}
+    for row in read_jsonl(details) if details.is_file() else []:
+        if "fingerprint" in row:
+            found.setdefault(VERSION, set()).add(str(row["fingerprint"]).split()[-1])
+        for name, source in row.get("sources", {}).items():
+            found.setdefault(name, set()).add(source)
+    return found
 
 
 def compare(
@@ -173,7 +209,8 @@ def compare(
     """Pairs rows by (prompt, seed) and compares every metric that both arms carry.
 
     Raises:
-        UserError: when an arm has two rows of one prompt and seed, or no pair exists.
+        UserError: when a row is none of `vggrpo evaluate`, an arm has two rows of one prompt and seed, or no pair or no
+            metric is in both.
     """
     base, tuned = _by_pair(base_rows, "base"), _by_pair(tuned_rows, "tuned")
     shared = [pair for pair in base if pair in tuned]
@@ -181,10 +218,13 @@ def compare(
         raise UserError(
             "the two files share no (prompt, seed) pair; generate both arms from the same prompts and seeds"
         )
-    names = _ordered(
-        set().union(*(row["metrics"] for row in base.values()))
-        & set().union(*(row["metrics"] for row in tuned.values()))
-    )
+    have_base, have_tuned = (set().union(*(row["metrics"] for row in rows.values())) for rows in (base, tuned))
+    names = _ordered(have_base & have_tuned)
+    if not names:
+        raise UserError(
+            f"the two files share no metric (base has {', '.join(sorted(have_base)) or 'none'}, tuned has "
+            f"{', '.join(sorted(have_tuned)) or 'none'}); run `vggrpo evaluate` with the same --metrics on both"
+        )
     matched = _matched_pairs(base, tuned, shared)
     tags = sorted({tag for pair in shared for tag in base[pair].get("tags", [])})
 
@@ -272,13 +312,40 @@ def _by_pair(rows: Sequence[Row], arm: str) -> dict[Pair, Row]:
             raise UserError(
                 f"row {number} of {arm} lacks {', '.join(sorted(missing))}; expected the rows of `vggrpo evaluate`"
             )
-        pair = (str(row["prompt"]), int(row["seed"]))
+        wrong = _misfit(row)
+        if wrong is not None:
+            raise UserError(
+                f"row {number} of {arm}: {wrong} is {_at(row, wrong)!r:.80}, which `vggrpo evaluate` never writes; "
+                "run it again"
+            )
+        pair = (row["prompt"], row["seed"])
         if pair in out:
             raise UserError(f"{arm} has two rows of seed {pair[1]} of the prompt {pair[0][:60]!r}; a pair needs one")
         out[pair] = row
     if not out:
         raise UserError(f"the {arm} arm has no rows; run `vggrpo evaluate` first")
     return out
+
+
+def _misfit(row: Row) -> str | None:
+    """The first field of a row that is not as `evaluate` writes it, or None."""
+    tags = row.get("tags", [])
+    fits = {
+        "prompt": isinstance(row["prompt"], str),
+        "seed": isinstance(row["seed"], int),
+        "metrics": isinstance(row["metrics"], dict),
+        "tags": isinstance(tags, list) and all(isinstance(tag, str) for tag in tags),
+    }
+    wrong = next((name for name, ok in fits.items() if not ok), None)
+    return wrong or next((name for name, entry in row["metrics"].items() if not _is_entry(entry)), None)
+
+
+def _at(row: Row, name: str) -> Any:
+    return row[name] if name in row else row["metrics"][name]
+
+
+def _is_entry(entry: Any) -> bool:
+    return isinstance(entry, dict) and "valid" in entry and isinstance(entry.get("value"), int | float | None)
 
 
 def _value(row: Row, name: str) -> float | None:

@@ -9,6 +9,7 @@ reason, and so is a video whose process dies: a failure is counted, never droppe
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,13 +74,15 @@ def evaluate_manifest(
     metrics = metrics if isinstance(metrics, str) else list(metrics)
     chosen = select(metrics)
     models = models or EvaluationModels()
-    models.check(need for metric in insisted(metrics) for need in metric.needs)
+    needs = {metric.name: metric.needs for metric in insisted(metrics)}
+    models.check(need for some in needs.values() for need in some)
     directory = ensure_directory(output)
     rows, root = listed(Path(manifest), directory)
     sources = {metric.name: _sources(metric, models) for metric in chosen}
     journal = Journal(directory, fresh=fresh)
     jobs = [_job(row, root, journal, sources) for row in rows]
     todo = [job for job in jobs if job.metrics]
+    models.load(need for job in todo for name in job.metrics for need in needs.get(name, ()))
     done = len(jobs) - len(todo)
     for job, result in each(_measure, todo, models, workers):
         if isinstance(result, Died):
@@ -119,7 +122,7 @@ def _job(row: ManifestRow, root: Path, journal: Journal, sources: dict[str, str]
 
 
 def _digest(file: Path) -> str:
-    if not file.is_file():
+    if not os.path.isfile(file):  # unlike Path's, it does not fail on a name that is too long
         return "missing"
     digest = hashlib.sha256()
     with file.open("rb") as handle:

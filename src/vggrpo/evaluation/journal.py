@@ -89,9 +89,19 @@ def _lines(file: Path) -> Iterator[tuple[Key, int]]:
                 row = json.loads(line)
             except (json.JSONDecodeError, UnicodeDecodeError):
                 row = None
-            if isinstance(row, dict) and {"path", "prompt", "seed", "arm"} <= set(row):
+            if _is_ours(row):
                 yield key_of(row), place
             place += len(line)
+
+
+def _is_ours(row: Any) -> bool:
+    """Whether a line has the shape of those that are written here; what else is in the file is passed over."""
+    kinds = {"path": str, "prompt": str, "seed": int, "arm": str}
+    return (
+        isinstance(row, dict)
+        and all(isinstance(row.get(name), kind) for name, kind in kinds.items())
+        and isinstance(row.get("metrics", row.get("sources")), dict)
+    )
 
 
 def _end_last_line(file: Path) -> None:

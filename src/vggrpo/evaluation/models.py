@@ -24,6 +24,7 @@ from vggrpo.errors import UserError
 from vggrpo.evaluation.metrics.base import Clip
 from vggrpo.evaluation.metrics.vbench import vbench_missing
 from vggrpo.geometry import GeometryPrediction
+from vggrpo.models.loading import load_geometry_model, pick_device
 
 VIEW_STRIDE = 4  # frames: a geometry model sees the views of a video latent, 0, 4, 8, ...
 MOST_VIEWS = 21  # those of 81 frames; a longer clip is seen at a larger stride
@@ -60,7 +61,11 @@ class EvaluationModels:
         self._reasons: dict[str, str | None] = {}
         self._identities: dict[str, str] = {}
         self._last: dict[str, tuple[Clip, GeometryPrediction]] = {}
-        self.device = device
+        self.device = device if device == "cpu" else str(pick_device(device))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Another process loads for itself."""
+        return self.__dict__ | {"_loaded": {}, "_last": {}}
 
     def missing(self, names: Iterable[str]) -> dict[str, str]:
         """What is not here of the needs `names` of metrics, each with what to do about it in one line."""
@@ -76,6 +81,15 @@ class EvaluationModels:
         missing = self.missing(names)
         if missing:
             raise UserError("; ".join(missing.values()) + "; or choose metrics that don't need it with --metrics")
+
+    def load(self, names: Iterable[str]) -> None:
+        """Load the networks among the needs `names` now: one that is broken must not become a reason for every video.
+
+        Raises:
+            UserError: one line that says what is wrong with which.
+        """
+        for name in sorted(set(names) & set(NETWORKS)):
+            self._model(name)
 
     def _reason(self, name: str) -> str | None:
         """Why a need is not met, or None."""
@@ -178,7 +192,8 @@ class EvaluationModels:
             return None
         if not Path(source).exists() and (name == "attributes" or Path(source).is_absolute() or "/" not in str(source)):
             raise UserError(
-                f"the directory of the model {name!r}, {source}, does not exist; name one that from_pretrained can read"
+                f"--{name} {source} does not exist; name the directory"
+                f"{'' if name == 'attributes' else ' or hub id'} of such a model"
             )
         return Path(source)
 
@@ -196,8 +211,6 @@ def _load(name: str, directory: Path) -> Any:
         from vggrpo.models.attributes import AttributeClassifier
 
         return AttributeClassifier.from_pretrained(directory)
-    from vggrpo.models.loading import load_geometry_model
-
     return load_geometry_model(directory)
 
 

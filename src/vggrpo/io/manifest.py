@@ -59,14 +59,17 @@ def read_jsonl(path: Path | str) -> list[dict[str, Any]]:
     try:
         lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} cannot be read as UTF-8 text: {error}") from error
+        raise UserError(
+            f"{file} cannot be read as UTF-8 text ({error}); expected JSON lines, one object a line"
+        ) from error
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{file}:{number} is not JSON ({error.msg}); expected one object a line") from error
+        except (json.JSONDecodeError, RecursionError) as error:
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+            raise UserError(f"{file}:{number} is not JSON ({reason}); expected one object a line") from error
         if not isinstance(row, dict):
             raise UserError(f"{file}:{number} is a JSON {type(row).__name__}, expected an object")
         rows.append(row)
@@ -99,8 +102,10 @@ def _parse_row(row: Mapping[str, Any], where: str) -> ManifestRow:
         if not isinstance(row[name], types) or isinstance(row[name], bool):
             expected = " or ".join(kind.__name__ for kind in types)
             raise UserError(f"{where}: {name} is {row[name]!r}, expected {expected}")
-    if not 0 < row["fps"] < float("inf"):
-        raise UserError(f"{where}: fps is {row['fps']}, expected a positive number")
+        if isinstance(row[name], str) and any("\ud800" <= letter <= "\udfff" for letter in row[name]):
+            raise UserError(f"{where}: {name} is {row[name]!r}, which is half a letter and no Unicode text")
+    if not 0 < row["fps"] < 1e6:
+        raise UserError(f"{where}: fps is {row['fps']!s:.20}, expected a positive number below 1000000")
     tags = row.get("tags") or []
     if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
         raise UserError(f"{where}: tags is {tags!r}, expected a list of strings")
