@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +58,21 @@ def test_a_process_that_dies_is_that_videos_failure_alone():
     results = dict(each(deadly, range(5), EvaluationModels(), workers=2))
     assert isinstance(results.pop(3), Died)
     assert results == {0: 0, 1: 1, 2: 4, 4: 16}
+
+
+def test_ctrl_c_while_the_processes_start_is_one_line(tmp_path):
+    write_video(tmp_path / "a.mp4", moving(), 8)
+    manifest = write_manifest(tmp_path / "m.jsonl", [ManifestRow("a.mp4", "p", seed, 8, "x") for seed in range(50)])
+    command = [sys.executable, "-m", "vggrpo.cli", "evaluate", str(manifest), "--output", str(tmp_path / "out")]
+    run = subprocess.Popen(
+        [*command, "--metrics", "sharpness", "--jobs", "2"], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    parent = psutil.Process(run.pid)
+    while run.poll() is None and len(parent.children()) < 3:  # two, and the one that tracks what they share
+        time.sleep(0.02)
+    os.killpg(run.pid, signal.SIGINT)
+    _, error = run.communicate(timeout=120)
+    assert run.returncode == 130 and error.strip().startswith("vggrpo: interrupted") and error.strip().count("\n") == 0
 
 
 def test_parallel_rows_are_the_same_in_the_manifests_order(tmp_path):

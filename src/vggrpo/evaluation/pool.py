@@ -8,10 +8,13 @@ kills its process again is the culprit and yields `Died`, the others go on.
 from __future__ import annotations
 
 import multiprocessing
+import signal
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from typing import Any, TypeVar
 
 from vggrpo.evaluation.models import EvaluationModels
@@ -57,9 +60,10 @@ def _until_broken(
     with ProcessPoolExecutor(workers, context, _start, (function, models)) as pool:
         while waiting or running:
             try:
-                while waiting and len(running) < workers:  # no queue: what isn't running can't be a suspect
-                    running[pool.submit(_work, waiting[0])] = waiting[0]
-                    waiting.popleft()
+                with _interrupts_held():
+                    while waiting and len(running) < workers:  # no queue: what isn't running can't be a suspect
+                        running[pool.submit(_work, waiting[0])] = waiting[0]
+                        waiting.popleft()
                 finished, _ = wait(running, return_when=FIRST_COMPLETED)
                 for future in finished:
                     result = future.result()
@@ -69,6 +73,17 @@ def _until_broken(
                 return
 
 
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Ctrl-C reaches the processes too: those that start in here hold it back until `_start` lets them end of it."""
+    resource_tracker.ensure_running()  # started in here, it would let interrupts through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 _state: list[Any] = []  # the function and the models in a worker process, nothing elsewhere
 
 
@@ -76,6 +91,8 @@ def _start(function: Callable[[Any, EvaluationModels], Any], models: EvaluationM
     import cv2
     import torch
 
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # an end without a traceback; the first process says what happened
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
     _state[:] = [function, models]
