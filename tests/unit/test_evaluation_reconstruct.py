@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import cv2
@@ -11,6 +12,7 @@ import pytest
 import torch
 from headless_chromium import headless_page, why_not
 
+from vggrpo import assets
 from vggrpo.cli import main
 from vggrpo.errors import UserError
 from vggrpo.evaluation import reconstruct
@@ -157,6 +159,17 @@ def test_bad_videos_are_one_line(tmp_path, capsys):
         == 2
     )
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_an_lgm_of_another_vae_is_refused(video, tmp_path, capsys):
+    for name in ("lgm", "geometry"):
+        shutil.copytree(assets.path(name), tmp_path / name)
+    config = json.loads((tmp_path / "lgm" / "config.json").read_text())
+    (tmp_path / "lgm" / "config.json").write_text(json.dumps(config | {"temporal_stride": 2}))
+    (tmp_path / "p.txt").write_text("a room\n")
+    for command in (["reconstruct", str(video)], ["generate", "--prompts", str(tmp_path / "p.txt"), "--best-of", "2"]):
+        assert main([*command, "--output", str(tmp_path / "out"), "--lgm", str(tmp_path / "lgm")]) == 2
+        assert "frames a latent frame: 2 instead of 4" in capsys.readouterr().err
 
 
 def test_view_says_what_is_missing_before_the_work(monkeypatch, tmp_path, capsys):

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from vggrpo.errors import UserError
 from vggrpo.models.base import LatentSpec, VideoModel
-from vggrpo.models.wan import WanVideoModel
+from vggrpo.models.wan import WanVideoModel, read_latent_spec
 
 PROMPTS = ["a red sphere rolls", "", "zyzzyva 龙 the box", "the camera orbits left " * 200]
 
@@ -83,6 +85,25 @@ def test_latent_shape():
     assert LatentSpec(16).latent_shape(81, 480, 832) == (16, 21, 60, 104)
     assert LatentSpec(48, spatial_stride=16).latent_shape(121, 704, 1280) == (48, 31, 44, 80)
     assert LatentSpec(16).num_frames(21) == 81
+
+
+def test_the_latents_are_read_off_the_configs(tiny_wan_dir):
+    assert read_latent_spec(tiny_wan_dir) == WanVideoModel.from_pretrained(tiny_wan_dir).latent_spec
+
+
+def test_weights_that_a_file_lacks_are_one_line(tiny_wan_dir, tmp_path, capfd):
+    for part, remove in (("transformer", "proj_out.bias"), ("vae", "decoder.conv_in.bias")):
+        copy = Path(shutil.copytree(tiny_wan_dir, tmp_path / part))
+        file = copy / part / "diffusion_pytorch_model.safetensors"
+        save_file({name: value for name, value in load_file(file).items() if name != remove}, file)
+        with pytest.raises(UserError, match=f"cannot load {part} .*1 missing .{remove}"):
+            WanVideoModel.from_pretrained(copy)
+    (copy / "model_index.json").write_text("[]")
+    with pytest.raises(UserError, match="holds no object"):
+        WanVideoModel.from_pretrained(copy)
+    with pytest.raises(UserError, match="no such directory"):
+        WanVideoModel.from_pretrained(tmp_path / "none")
+    assert "not initialized" not in capfd.readouterr().err
 
 
 def test_broken_directories_are_user_errors(tiny_wan_dir, tmp_path):

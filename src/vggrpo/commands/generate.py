@@ -112,14 +112,15 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.reward and not arguments.guidance and arguments.best_of == 1:
         raise UserError("--reward says what to steer by; give --guidance SCALE or --best-of N as well, or leave it out")
     if arguments.guidance != 0 or arguments.best_of > 1:
-        from vggrpo.models.loading import pick_device
+        from vggrpo.models.loading import latent_spec, pick_device
         from vggrpo.posttraining.trainer import load_lgm
         from vggrpo.rewards.latent import WeightedLatentReward
         from vggrpo.sampling.guidance import RewardGuidance
         from vggrpo.sampling.steering import Steering
 
         weights = _weights(arguments.reward)
-        reward = WeightedLatentReward(load_lgm(arguments.lgm, pick_device(arguments.device)), weights)
+        lgm = load_lgm(arguments.lgm, pick_device(arguments.device), latent_spec(arguments.pipeline))
+        reward = WeightedLatentReward(lgm, weights)
         guidance = RewardGuidance(
             reward, arguments.guidance, every=arguments.guidance_every, detach_velocity=arguments.guidance_detach
         )

@@ -180,7 +180,8 @@ class LatentGeometryModel(nn.Module):
             config = LGMConfig(**values)
             state = read_weights(directory)
             beside = directory / config.geometry
-            model = cls(config, load_geometry_model(beside if beside.exists() else config.geometry))
+            relative = beside.exists() or config.geometry.startswith(".")
+            model = cls(config, load_geometry_model(beside if relative else config.geometry))
             model.add_lora()
             model.load_state_dict_parts(state)
         model.merge_lora()

@@ -12,11 +12,11 @@ from torch import Tensor
 from vggrpo import assets
 from vggrpo.config import EMBEDDED
 from vggrpo.errors import UserError
-from vggrpo.models.base import GeometryModel
+from vggrpo.models.base import GeometryModel, LatentSpec
 from vggrpo.models.licences import licence_of
 from vggrpo.models.pretrained import is_hub_id, read_config, read_weights, reading
 from vggrpo.models.vae import VAE, ImageVAE
-from vggrpo.models.wan import WanVideoModel
+from vggrpo.models.wan import WanVideoModel, read_latent_spec
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +53,11 @@ def load_video_model(
         load_vae=load_vae,
         load_text=load_text,
     )
+
+
+def latent_spec(path: str | Path) -> LatentSpec:
+    """The latents of a video model that `load_video_model` would load, without loading it."""
+    return read_latent_spec(assets.path("pipeline") if str(path) == EMBEDDED else path)
 
 
 def load_vae(path: str | Path, *, device: str = "auto", load_generator: bool = True) -> VAE:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vggrpo.errors import UserError
 from vggrpo.io.atomic import atomic_path
+from vggrpo.models.pretrained import one_line, quiet_diffusers
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 FULL_WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
@@ -129,12 +130,13 @@ def load_lora(transformer: nn.Module, path: Path | str) -> None:
     from safetensors import SafetensorError
 
     try:
-        state, metadata = WanPipeline.lora_state_dict(
-            str(found.parent), weight_name=found.name, return_lora_metadata=True
-        )
-        WanPipeline.load_lora_into_transformer(state, transformer, adapter_name=ADAPTER, metadata=metadata)
+        with quiet_diffusers():
+            state, metadata = WanPipeline.lora_state_dict(
+                str(found.parent), weight_name=found.name, return_lora_metadata=True
+            )
+            WanPipeline.load_lora_into_transformer(state, transformer, adapter_name=ADAPTER, metadata=metadata)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        reason = one_line(error)[:160]
         raise UserError(
             f"LoRA {found} does not load into this model ({reason}); it is damaged or was made for another one"
         ) from error
@@ -159,7 +161,7 @@ def load_tuned(transformer: nn.Module, path: Path | str) -> None:
     try:
         transformer.load_state_dict(load_file(found))
     except (OSError, RuntimeError, SafetensorError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        reason = one_line(error)[:160]
         raise UserError(f"{found} does not load into this model ({reason}); it is damaged or of another one") from error
 
 

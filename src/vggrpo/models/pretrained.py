@@ -34,7 +34,7 @@ def reading(what: str, source: str | Path, remedy: str) -> Iterator[None]:
         name = Path(error.filename).name if error.filename else str(error)
         raise UserError(f"no {what} in {source}: {name} is missing; {remedy}") from error
     except Exception as error:
-        raise UserError(f"the {what} in {source} cannot be read: {_one_line(error)}; {remedy}") from error
+        raise UserError(f"the {what} in {source} cannot be read: {one_line(error)}; {remedy}") from error
 
 
 def is_hub_id(source: str | Path) -> bool:
@@ -119,8 +119,22 @@ def write_pretrained(directory: str | Path, config: Mapping[str, Any], state: Ma
         save_file({k: v.detach().to(dtype).contiguous() for k, v in state.items()}, temporary)
 
 
-def _one_line(error: Exception) -> str:
+@contextmanager
+def quiet_diffusers() -> Iterator[None]:
+    """Without its pages about weights that do not fit: the error that follows says it in one line."""
+    from diffusers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception says, without the lines that it goes on for."""
     if isinstance(error, ValidationError):
         return "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:_SHOWN])
-    text = str(error).strip().splitlines()
-    return text[0] if text else type(error).__name__
+    text = str(error).strip().splitlines() or [type(error).__name__]
+    return text[1].strip() if text[0].endswith(":") and len(text) > 1 else text[0]

@@ -15,7 +15,7 @@ FlowMatchEuler applies a static shift twice; `solver` gives exactly those, for s
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from vggrpo.errors import UserError
 from vggrpo.models.base import LatentSpec
-from vggrpo.models.pretrained import is_hub_id
+from vggrpo.models.pretrained import is_hub_id, one_line, quiet_diffusers, require_names
 from vggrpo.models.text_attention import MergedPaddingAttention
 
 MAX_TEXT_TOKENS = (
@@ -96,15 +96,7 @@ class WanVideoModel:
                 "Wan2.1-T2V-1.3B, or Wan2.2-TI2V-5B, which continues a first frame without them"
             )
         euler = "FlowMatchEuler" in str(index.get("scheduler"))
-        vae_config = _load_config(AutoencoderKLWan, path, "vae")
-        spec = LatentSpec(
-            channels=transformer.config.in_channels,
-            temporal_stride=vae_config.get("scale_factor_temporal", 4),
-            spatial_stride=vae_config.get("scale_factor_spatial", 8),
-            patch_size=tuple(transformer.config.patch_size),
-            mean=tuple(vae_config.get("latents_mean") or ()),
-            std=tuple(vae_config.get("latents_std") or ()),
-        )
+        spec = _spec(transformer.config, _load_config(AutoencoderKLWan, path, "vae"))
         vae = _load(AutoencoderKLWan, path, "vae", torch_dtype=torch.float32) if load_vae else None
         text_encoder = _load(UMT5EncoderModel, path, "text_encoder", torch_dtype=dtype) if load_text else None
         model = cls(
@@ -234,6 +226,29 @@ class WanVideoModel:
         return mean, std
 
 
+def read_latent_spec(path: str | Path) -> LatentSpec:
+    """The latents of a pipeline, read off its configs without loading it.
+
+    Raises:
+        UserError: as `WanVideoModel.from_pretrained`, of the configs.
+    """
+    from diffusers import AutoencoderKLWan, WanTransformer3DModel
+
+    _read_index(path)
+    return _spec(_load_config(WanTransformer3DModel, path, "transformer"), _load_config(AutoencoderKLWan, path, "vae"))
+
+
+def _spec(transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> LatentSpec:
+    return LatentSpec(
+        channels=transformer.get("in_channels", 16),
+        temporal_stride=vae.get("scale_factor_temporal", 4),
+        spatial_stride=vae.get("scale_factor_spatial", 8),
+        patch_size=tuple(transformer.get("patch_size", (1, 2, 2))),
+        mean=tuple(vae.get("latents_mean") or ()),
+        std=tuple(vae.get("latents_std") or ()),
+    )
+
+
 def _read_index(path: str | Path) -> dict[str, Any]:
     """The pipeline's `model_index.json`, checked for what is not supported."""
     from diffusers import WanPipeline
@@ -249,6 +264,8 @@ def _read_index(path: str | Path) -> dict[str, Any]:
             f"no diffusers WanPipeline at {path} ({_first_line(error)}); give a directory with "
             "model_index.json, or a hub id, and check the name and the network"
         ) from error
+    if not isinstance(index, dict):
+        raise UserError(f"{path}/model_index.json holds no object; copy the directory again")
     second = index.get("transformer_2")
     if index.get("boundary_ratio") is not None or (second and second[0] is not None):
         raise UserError(
@@ -276,7 +293,13 @@ def _load(cls: Any, path: str | Path, subfolder: str, **options: Any) -> Any:
     try:
         if quiet:
             logging.disable_progress_bar()
-        return cls.from_pretrained(str(path), subfolder=subfolder, **options)
+        with quiet_diffusers():
+            if not (issubclass(cls, nn.Module) and hasattr(cls, "load_config")):
+                return cls.from_pretrained(str(path), subfolder=subfolder, **options)
+            # A network of diffusers: what its file lacks would stay without values, with a warning.
+            network, info = cls.from_pretrained(str(path), subfolder=subfolder, output_loading_info=True, **options)
+            require_names(info["missing_keys"], ())
+            return network
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise UserError(
             f"cannot load {subfolder} of {path}: {_first_line(error)}; the file is missing, damaged "
@@ -288,5 +311,4 @@ def _load(cls: Any, path: str | Path, subfolder: str, **options: Any) -> Any:
 
 
 def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return (text[0] if text else type(error).__name__)[:200]
+    return one_line(error)[:200]
