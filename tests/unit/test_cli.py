@@ -109,6 +109,7 @@ def test_every_command_has_help_a_run_and_a_resume(capsys):
         (["generate", "--prompts", "x", "--output", "x", "--fps", "0"], "0 is not a number from 0.01 to 1000"),
         (["generate", "--prompts", "x", "--output", "x", "--guidance-scale", "nan"], "nan is not a number"),
         (["generate", "--prompts", "x", "--output", "x", "--guidance", "hard"], "'hard' is not a number"),
+        (["generate", "--prompts", "x", "--output", "x", "--guidance", "-1"], "-1 is not a number from 0"),
         (["world", "sample", "--output", "x", "--frames", "1"], "1 is not at least 2"),
         (["world", "sample", "--output", "x", "--seed", "-1"], "-1 is not at least 0"),
     ],
