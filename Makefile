@@ -30,7 +30,7 @@ demo: $(STAMP)
 	@$(VENV)/bin/vggrpo demo $(DEMO_ARGS)
 
 test: $(STAMP)
-	@$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	@$(VENV)/bin/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadgroup $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

@@ -2,9 +2,27 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Several workers share the cores: each computes with its part of them, but for what it starts as processes."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if workers > 1:
+        torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Among workers a file stays together, because its fixtures are costly, and so do all whole commands from
+    outside, because they measure time and use all cores."""
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            group = "e2e" if item.path.parent.name == "e2e" else item.path.name
+            item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")

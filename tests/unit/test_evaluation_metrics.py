@@ -158,7 +158,7 @@ def test_inliers_and_error_rank_wobble(correct: list[Frames]) -> None:
     inliers = [mean(clips, "epipolar_inliers") for clips in levels]
     errors = [mean(clips, "epipolar_error") for clips in levels]
     cycles = [mean(clips, "flow_cycle") for clips in levels]
-    assert inliers[0] > 0.85 and all(a > b + 0.03 for a, b in pairwise(inliers)), inliers
+    assert inliers[0] > 0.8 and all(a > b + 0.03 for a, b in pairwise(inliers)), inliers
     assert all(a < b for a, b in pairwise(errors)), errors
     assert all(a < b for a, b in pairwise(cycles)), cycles
 

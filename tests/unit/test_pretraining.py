@@ -13,7 +13,7 @@ from vggrpo.lgm.losses import unit_depth
 from vggrpo.models.lucas_kanade import displacement
 from vggrpo.models.vggt_layers import Displacement
 from vggrpo.pretraining import data as shard_data
-from vggrpo.pretraining.compress import compress_lora
+from vggrpo.pretraining.compress import compress_lora, widen_lora
 from vggrpo.pretraining.data import Shards, augment, render_shard
 from vggrpo.pretraining.geometry import reward_loss
 from vggrpo.pretraining.loop import Schedule, fit
@@ -123,7 +123,7 @@ def test_displacement_is_measured_to_a_fraction_of_a_pixel():
     wanted = torch.tensor([5.0, -3.0]).view(1, 2, 1, 1)
     wrong = (flow - wanted)[:, :, inner, inner].norm(dim=1)
     assert wrong.quantile(0.9) < 0.3 and miss[:, inner, inner].median() < 0.02
-    world = sample_batch(range(6), num_frames=9).views(4)
+    world = sample_batch(range(6)).views(4)
     motion, valid = (x[:, :-1].flatten(0, 1) for x in image_motion(world, 1))
     video = world.video.transpose(1, 2)
     flow, _ = displacement(video[:, :-1].flatten(0, 1), video[:, 1:].flatten(0, 1))
@@ -157,6 +157,17 @@ def test_compressed_lora_keeps_the_product(shape):
         else:
             singular = torch.linalg.svdvals(want)
             torch.testing.assert_close((got - want).norm(), singular[rank:].norm(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_widened_lora_is_the_same_function_and_can_grow():
+    low = {"x.lora_A.weight": torch.randn(2, 7), "x.lora_B.weight": torch.randn(6, 2), "special": torch.ones(2)}
+    fresh = {"x.lora_A.weight": torch.randn(5, 7), "x.lora_B.weight": torch.zeros(6, 5), "special": torch.zeros(2)}
+    wide = widen_lora(low, fresh)
+    torch.testing.assert_close(
+        wide["x.lora_B.weight"] @ wide["x.lora_A.weight"], low["x.lora_B.weight"] @ low["x.lora_A.weight"]
+    )
+    assert torch.equal(wide["x.lora_A.weight"][2:], fresh["x.lora_A.weight"][2:])  # B's zeros can leave zero
+    assert torch.equal(wide["special"], low["special"]) and not fresh["x.lora_B.weight"].any()
 
 
 def test_what_the_rewards_will_ask_reaches_the_network() -> None:

@@ -31,31 +31,28 @@ def write_audit_page(
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
 
-    titles = ["e_geo by kind of clip, LGM"]
-    titles += [f"{t}: LGM against the truth ({result['spearman_truth'][t]:.2f})" for t in ("e_trans", "e_rot", "e_geo")]
-    titles += ["e_geo by kind of clip, judge"]
-    titles += [f"{t}: LGM against the judge ({result['spearman_judge'][t]:.2f})" for t in ("e_trans", "e_rot", "e_geo")]
-    figure = make_subplots(2, 4, subplot_titles=titles, horizontal_spacing=0.06, vertical_spacing=0.14)
-    for row, who in enumerate(("lgm", "judge"), 1):
+    measured = ("e_trans", "e_rot", "e_geo")
+    titles = ["e_geo by kind of clip, LGM", "e_geo by kind of clip, judge"]
+    for term in measured:
+        truth, judge = result["spearman_truth"][term], result["spearman_judge"][term]
+        titles += [f"{term}: LGM against the truth ({truth:.2f})", f"{term}: LGM against the judge ({judge:.2f})"]
+    figure = make_subplots(4, 2, subplot_titles=titles, horizontal_spacing=0.1, vertical_spacing=0.08)
+    for column, who in enumerate(("lgm", "judge"), 1):
         for kind, label in KINDS.items():
             values = generated[who] if kind == "generated" else rendered[kind][who]
-            figure.add_trace(go.Box(y=values["e_geo"].tolist(), name=label, showlegend=False), row, 1)
-    for column, (term, kinds) in enumerate(
-        {"e_trans": ("smooth", "handheld"), "e_rot": ("smooth", "handheld"), "e_geo": ("wobble",)}.items(), 2
-    ):
-        for kind in kinds:
+            figure.add_trace(go.Box(y=values["e_geo"].tolist(), name=label, showlegend=False), 1, column)
+    for row, term in enumerate(measured, 2):
+        for kind in ("wobble",) if term == "e_geo" else ("smooth", "handheld"):
             x, y = rendered[kind]["truth"][term].tolist(), rendered[kind]["lgm"][term].tolist()
-            figure.add_trace(go.Scatter(x=x, y=y, mode="markers", name=kind, showlegend=False), 1, column)
-        figure.update_xaxes(title="truth", row=1, col=column)
+            figure.add_trace(go.Scatter(x=x, y=y, mode="markers", name=kind, showlegend=False), row, 1)
+        figure.update_xaxes(title="truth", row=row, col=1)
         x, y = generated["judge"][term].tolist(), generated["lgm"][term].tolist()
         marker = {"color": [float(g) for g in groups[: len(x)]], "colorscale": "Turbo"}
-        figure.add_trace(go.Scatter(x=x, y=y, mode="markers", marker=marker, showlegend=False), 2, column)
-        figure.update_xaxes(title="judge", row=2, col=column)
+        figure.add_trace(go.Scatter(x=x, y=y, mode="markers", marker=marker, showlegend=False), row, 2)
+        figure.update_xaxes(title="judge", row=row, col=2)
     verdict = "passed" if result["passed"] else "NOT passed: the reward may be the network's own noise"
     ratio = f"floor on consistent clips / error on base clips = {result['ratio']:.2f}"
-    figure.update_layout(
-        title=f"Reward audit, {result['clips']} clips of each kind: {verdict} ({ratio})",
-        width=1680, height=900, template="plotly_white",
-    )  # fmt: skip
+    title = f"Reward audit, {result['clips']} clips of each kind<br>{verdict}<br>{ratio}"
+    figure.update_layout(title=title, height=1800, margin_t=140, template="plotly_white")  # as wide as the window
     figure.update_annotations(font_size=13)
     return atomic_write(path, figure.to_html(include_plotlyjs=True, full_html=True))

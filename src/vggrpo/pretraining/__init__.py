@@ -32,8 +32,8 @@ def pretrain(
         output: directory of all recipes; rendered clips are shared.
         shards: training clips, in shards of 256.
         steps: optimizer steps; default as in the recipe.
-        start: directory of models to go on from (one a name, as this writes them) instead of from random weights; the
-            LGM starts from its closed-form stitch in any case.
+        start: directory of models to go on from (one a name, as this writes them) instead of from random weights, or
+            for an LGM from a closed-form stitch.
 
     Returns:
         The finished model's directory, with its held-out numbers in `card.json`.
@@ -154,12 +154,12 @@ def _lgm(output: Path, clips: list[Path], heldout: list[Path], steps: int | None
     teacher = VGGT.from_pretrained(output / "geometry").requires_grad_(False)
     video_model = WanVideoModel.from_pretrained(output / "pipeline")
     data = lgm.EncodedClips(clips, video_model)
-    best = lgm.stitch(teacher, data)[0]
+    first = lgm.stitch(teacher, data)[0] if start is None else lgm.parts_of(start)
     config = LGMConfig(
         geometry="../geometry",
         vae=lgm.VAE_NAME,
         latent_channels=video_model.latent_spec.channels,
-        layer=best.layer,
+        layer=first.layer,
         lora_rank=lgm.LORA_RANK,
         lora_alpha=lgm.LORA_RANK,
         spatial_stride=video_model.latent_spec.spatial_stride,
@@ -170,7 +170,7 @@ def _lgm(output: Path, clips: list[Path], heldout: list[Path], steps: int | None
     model = lgm.train_lgm(
         teacher,
         data,
-        best,
+        first,
         config,
         output / "work" / "lgm",
         _with_steps(lgm.SCHEDULE, steps),

@@ -1,4 +1,4 @@
-"""A LoRA at a lower rank: the best approximation of each product B A, by its singular values.
+"""A LoRA at another rank: lower by the best approximation of each product B A, or higher by rows that do nothing yet.
 
 Training at a high rank finds its way more easily; what it found needs far fewer numbers.
 """
@@ -30,4 +30,17 @@ def compress_lora(state: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
         low_a = torch.cat([low_a, low_a.new_zeros(missing, low_a.shape[1])])
         out[name] = low_a.view(rank, *first.shape[1:])
         out[other] = low_b.view(len(low_b), rank, *state[other].shape[2:])
+    return out
+
+
+def widen_lora(state: dict[str, Tensor], fresh: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a LoRA at the higher rank of `fresh`, a LoRA just added (its B zero): the same function.
+
+    The scale alpha / rank must stay what it was. What `state` does not hold stays as in `fresh`.
+    """
+    out = dict(fresh)
+    for name, value in state.items():
+        wide = fresh[name].clone()
+        wide[tuple(slice(n) for n in value.shape)] = value.to(wide.dtype)
+        out[name] = wide
     return out

@@ -6,6 +6,7 @@ Trained on rendered and generated clips.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,9 +18,10 @@ from vggrpo.lgm.losses import geometry_errors, geometry_loss, unit_depth
 from vggrpo.lgm.model import LatentGeometryModel, LGMConfig
 from vggrpo.lgm.search import StitchFit, search_layers
 from vggrpo.lgm.training import mean_errors
+from vggrpo.models.pretrained import read_config, read_weights, reading
 from vggrpo.models.vggt import VGGT
 from vggrpo.models.wan import WanVideoModel
-from vggrpo.pretraining.compress import compress_lora
+from vggrpo.pretraining.compress import compress_lora, widen_lora
 from vggrpo.pretraining.data import Shards, augment
 from vggrpo.pretraining.geometry import (
     CONSISTENCY_FROM,
@@ -89,10 +91,24 @@ def stitch(teacher: VGGT, clips: EncodedClips, train: int = 768, heldout: int = 
     return search_layers(teacher, clips.pairs(0, train), clips.pairs(train, min(train + heldout, len(clips))), stride=1)
 
 
+@dataclass(frozen=True)
+class LGMParts:
+    """What an LGM adds to its geometry network, and where it is stitched."""
+
+    layer: int
+    tensors: dict[str, Tensor]
+
+
+def parts_of(directory: Path) -> LGMParts:
+    """The parts of a saved LGM."""
+    with reading("latent geometry model", directory, "name a directory that `vggrpo world pretrain lgm` wrote"):
+        return LGMParts(read_config(directory)["layer"], read_weights(directory))
+
+
 def train_lgm(
     teacher: VGGT,
     clips: EncodedClips,
-    fitted: StitchFit,
+    start: StitchFit | LGMParts,
     config: LGMConfig,
     folder: Path,
     schedule: Schedule = SCHEDULE,
@@ -102,14 +118,19 @@ def train_lgm(
     """Train connector and LoRA.
 
     Args:
+        start: a closed-form stitch, or an LGM to go on from (its LoRA of `config`'s rank or a lower one, of the same
+            alpha / rank); its teacher may have been an earlier leg of this one.
         generated: latents (N, C, T', H', W') of the base generator and their RGB views (N, S, 3, H, W); the teacher
             judges the views. A share of `GENERATED_SHARE` of all batches. None: rendered clips alone.
     """
     torch.manual_seed(schedule.seed)
     student = LatentGeometryModel(config, _copy(teacher))
-    fitted.load_into(student.connector)
-    student.special.copy_(fitted.special)
     student.add_lora()
+    if isinstance(start, StitchFit):
+        start.load_into(student.connector)
+        student.special.copy_(start.special)
+    else:
+        student.load_state_dict_parts(widen_lora(start.tensors, student.parts()))
     through_convs = config.layer < teacher.config.conv_layers  # what matching is read from
 
     def loss(model: nn.ModuleList, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:

@@ -13,7 +13,7 @@ from vggrpo.world.texture import object_tile, room_tiles
 MAX_OBJECTS = 3
 FPS = 8.0
 # One lens for all clips, in image widths: what cannot be seen in a short clip should not blur depth and pose.
-FOCAL = float(0.5 / np.tan(np.radians(63.0) / 2))
+FOCAL = float(0.5 / np.tan(np.radians(80.0) / 2))
 
 
 @dataclass
@@ -99,22 +99,22 @@ def sample_scene(
 
 def _try_layout(rng: np.random.Generator, attributes: dict, frames: int, ease: float) -> tuple | None:
     """One attempt at room, objects and camera path; None when something would touch. `ease` shrinks all moves."""
-    width, depth, height = rng.uniform(5.0, 6.5), rng.uniform(6.0, 7.5), rng.uniform(2.7, 3.1)
+    width, depth, height = rng.uniform(5.4, 6.8), rng.uniform(6.4, 7.8), rng.uniform(2.9, 3.3)
     room = np.array([[-width / 2, -height, 0.0], [width / 2, 0.0, depth]])
     shrink = 1.0 - 0.6 * ease
     progress = np.linspace(0, 1, frames)
     smooth = progress * progress * (3 - 2 * progress)
     blend = rng.uniform(0.0, 0.35)
     progress = (1 - blend) * progress + blend * smooth
-    middle = np.array([rng.uniform(-0.7, 0.7), -rng.uniform(1.2, 1.6), rng.uniform(1.3, 2.0)])
+    middle = np.array([rng.uniform(-0.7, 0.7), -rng.uniform(1.3, 1.7), rng.uniform(1.7, 2.3)])
     yaw, pitch = rng.uniform(-0.25, 0.25), rng.uniform(-0.22, -0.02)
     amounts = {
-        "dolly": rng.uniform(1.1, 2.0),
-        "truck": rng.uniform(0.9, 1.7),
-        "pedestal": rng.uniform(0.55, 1.0),
-        "pan": np.radians(rng.uniform(18, 36)),
-        "tilt": np.radians(rng.uniform(12, 22)),
-        "orbit": np.radians(rng.uniform(22, 40)),
+        "dolly": rng.uniform(1.7, 3.0),
+        "truck": rng.uniform(1.5, 2.7),
+        "pedestal": rng.uniform(0.9, 1.5),
+        "pan": np.radians(rng.uniform(28, 52)),
+        "tilt": np.radians(rng.uniform(18, 32)),
+        "orbit": np.radians(rng.uniform(36, 66)),
     }
     amounts = {name: value * shrink for name, value in amounts.items()}
     # Moves are centred: half of the way has been gone when the camera stands in the middle, looking ahead.
@@ -150,11 +150,11 @@ def _place_objects(
     moves = np.zeros(MAX_OBJECTS, bool)
     for k, item in enumerate(objects):
         shape[k] = SHAPES.index(item["shape"])
-        r, h = rng.uniform(0.28, 0.5), rng.uniform(0.3, 0.6)
-        half[k] = {"ball": (r, r, r), "box": (r, h, rng.uniform(0.28, 0.5)), "cylinder": (0.8 * r, h, 0.8 * r)}[
+        r, h = rng.uniform(0.34, 0.58), rng.uniform(0.36, 0.7)
+        half[k] = {"ball": (r, r, r), "box": (r, h, rng.uniform(0.34, 0.58)), "cylinder": (0.8 * r, h, 0.8 * r)}[
             item["shape"]
         ]
-        distance, angle = rng.uniform(1.8, 3.8), yaw + rng.uniform(-0.45, 0.45)
+        distance, angle = rng.uniform(1.9, 3.9), yaw + rng.uniform(-0.55, 0.55)
         centre = np.array([middle[0] + distance * np.sin(angle), -half[k, 1], middle[2] + distance * np.cos(angle)])
         pose[k] = _object_motion(rng, item["motion"], item["shape"], centre, half[k], room, frames, shrink)
         moves[k] = item["motion"] is not None

@@ -3,7 +3,8 @@
 pycolmap (extra `sfm`) reconstructs frames sampled every quarter of a second from the SIFT matches of `features`:
 
 - `sfm_registered`: share of those frames in the largest reconstruction.
-- `sfm_track_length`: mean number of frames that see a reconstructed point.
+- `sfm_track_length`: mean number of frames that see a reconstructed point, times the share of frames registered: a
+  piece of a clip that holds together does not score like a clip that does.
 - `sfm_reprojection`: mean reprojection error / diagonal of the working frame, over frames; one that isn't registered
   counts with the largest error that the mapper keeps. Points that stay always fit: of a strong wobble only those of two
   frames do, so that the error tells bent from rigid and the track length how strongly it is bent.
@@ -91,7 +92,7 @@ def sfm(clip: Clip, models: EvaluationModels | None = None, *, seed: int = 0) ->
     errors = [point.error / diagonal for point in best.points3D.values()]
     out = {
         "sfm_registered": Measurement.of(share, frames=[float((image - 1) * stride) for image in registered]),
-        "sfm_track_length": Measurement.of(float(np.mean(tracks)), points=tracks),
+        "sfm_track_length": Measurement.of(share * float(np.mean(tracks)), points=tracks),
         "sfm_reprojection": Measurement.of((share * error + (1 - share) * MAX_ERROR) / diagonal, points=errors),
     }
     return out | _camera(best, registered, stride)
