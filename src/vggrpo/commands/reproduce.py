@@ -35,7 +35,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument("--videos", type=at_least(1), default=2, help="a prompt and model (default: %(default)s)")
     parser.add_argument("--steps", type=at_least(2), default=20, help="denoising steps (default: %(default)s)")
     parser.add_argument(
-        "--guidance-scale", type=guidance_scale, default=1.0, help="classifier-free, 1 = none (default: %(default)s)"
+        "--guidance-scale", type=guidance_scale, default=3.0, help="classifier-free, 1 = none (default: %(default)s)"
     )
     parser.add_argument("--updates", type=at_least(1), help="of GRPO; the rivals get as many videos (default: recipe)")
     parser.add_argument(

@@ -193,11 +193,11 @@ def analyze_lgm(
     unknown = sorted(set(parts) - set(PARTS))
     if unknown or not parts:
         raise UserError(f"no part {f'called {unknown[0]!r}' if unknown else 'chosen'}; there are {', '.join(PARTS)}")
-    ensure_directory(output)
     vae = load_vae(video_model, device=device, load_generator=False)
     vae.latent_spec.latent_shape(num_frames, *size)
     analysis = load_analysis(lgm, vae, geometry, pick_device(device))
     made = heldout_clips(videos, clips, num_frames=num_frames, size=size, view_stride=analysis.view_stride)
+    ensure_directory(output)  # before the work, after all that can be refused
     has_truth = made[0].truth is not None
     result: dict[str, Any] = {
         "lgm": str(lgm), "video_model": str(video_model), "videos": videos, "num_frames": num_frames,

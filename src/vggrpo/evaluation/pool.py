@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -77,11 +78,19 @@ def _until_broken(
 def _interrupts_held() -> Iterator[None]:
     """Ctrl-C reaches the processes too: those that start in here hold it back until `_start` lets them end of it."""
     resource_tracker.ensure_running()  # started in here, it would let interrupts through again
+    held: list[int] = []
+    ours = threading.current_thread() is threading.main_thread()  # no other gets interrupts
+    # A thread of some library may take the signal, whose mask is not this thread's: Python would then raise here.
+    handler = signal.signal(signal.SIGINT, lambda number, _: held.append(number)) if ours else None
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if ours:
+            signal.signal(signal.SIGINT, handler)
+    if held:
+        raise KeyboardInterrupt
 
 
 _state: list[Any] = []  # the function and the models in a worker process, nothing elsewhere

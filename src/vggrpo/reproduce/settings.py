@@ -32,7 +32,7 @@ class Settings:
         prompts: at most so many of each prompt set.
         videos: videos per prompt and model.
         steps: denoising steps.
-        guidance_scale: classifier-free guidance; 1 (none) is how the embedded recipe trains.
+        guidance_scale: classifier-free guidance of the videos; training has its own.
         updates: of GRPO; None: the recipe's. The rivals get the same number of videos.
         far: updates of the study of reward hacking; None: five times those of GRPO.
         marks: how often that study looks at the model on the way.
@@ -48,7 +48,7 @@ class Settings:
     prompts: int = 96
     videos: int = 2
     steps: int = 20
-    guidance_scale: float = 1.0
+    guidance_scale: float = 3.0
     updates: int | None = None
     far: int | None = None
     marks: int = 8
