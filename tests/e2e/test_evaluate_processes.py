@@ -68,9 +68,8 @@ def test_ctrl_c_while_the_processes_start_is_one_line(tmp_path):
         [*command, "--metrics", "sharpness", "--jobs", "2"], stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     parent = psutil.Process(run.pid)
-    while (
-        run.poll() is None and len(parent.children()) < 2
-    ):  # the one that tracks what they share, and the first of two
+    # One that tracks what they share, and the first of two.
+    while run.poll() is None and len(parent.children()) < 2:
         time.sleep(0.02)
     os.killpg(run.pid, signal.SIGINT)
     _, error = run.communicate(timeout=120)
