@@ -65,7 +65,12 @@ def test_ctrl_c_while_the_processes_start_is_one_line(tmp_path):
     manifest = write_manifest(tmp_path / "m.jsonl", [ManifestRow("a.mp4", "p", seed, 8, "x") for seed in range(2000)])
     command = [sys.executable, "-m", "vggrpo.cli", "evaluate", str(manifest), "--output", str(tmp_path / "out")]
     run = subprocess.Popen(
-        [*command, "--metrics", "sharpness", "--jobs", "2"], stderr=subprocess.PIPE, text=True, start_new_session=True
+        [*command, "--metrics", "sharpness", "--jobs", "2"],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # A test run in the background of a shell ignores interrupts, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     parent = psutil.Process(run.pid)
     # One that tracks what they share, and the first of two.
