@@ -31,7 +31,7 @@ def write_audit_page(
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
 
-    measured = ("e_trans", "e_rot", "e_geo")
+    measured = tuple(result["spearman_truth"])
     titles = ["e_geo by kind of clip, LGM", "e_geo by kind of clip, judge"]
     for term in measured:
         truth, judge = result["spearman_truth"][term], result["spearman_judge"][term]

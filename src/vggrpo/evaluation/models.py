@@ -61,7 +61,7 @@ class EvaluationModels:
         self._reasons: dict[str, str | None] = {}
         self._identities: dict[str, str] = {}
         self._last: dict[str, tuple[Clip, GeometryPrediction]] = {}
-        self.device = device if device == "cpu" else str(pick_device(device))
+        self.device = str(pick_device(device))
 
     def __getstate__(self) -> dict[str, Any]:
         """Another process loads for itself."""
