@@ -39,9 +39,14 @@ from vggrpo.world.perturb import wobble
 SCHEDULE = Schedule(steps=2400, lr=1e-3, ema=0.998, weight_decay=0.0, seed=3)
 BATCH = 8
 FRAMES, VIEW_STRIDE = 17, 4  # of a clip; RGB frames between the views of a latent
-GENERATED_SHARE = 0.35
+GENERATED_SHARE = 0.5
 LORA_RANK, SHIPPED_RANK = 48, 12
-GENERATED_PROMPTS = 384
+GENERATED_PROMPTS = 1536
+# Steps and guidance of generated clips, in turn: what roll-outs, audit and evaluation will show the LGM.
+SAMPLERS = ((10, 1.0), (20, 1.0), (20, 3.0))
+# Latents of some rendered batches carry noise of up to that standard deviation: the estimate of a clip while it is
+# being sampled does, too.
+NOISE_SHARE, MAX_NOISE = 0.2, 0.5
 AUDIT_CLIPS = 96
 VAE_NAME = "embedded AutoencoderKLWan, 8x8x4, 16 channels"
 
@@ -66,7 +71,11 @@ class EncodedClips:
             amplitude = MAX_WOBBLE * torch.rand(BATCH, generator=generator)
             seed = int(torch.randint(2**31, (), generator=generator))
             world = wobble(world, amplitude, seed, period=VIEW_STRIDE)
-        return self.video_model.encode_video(world.video), world.views(VIEW_STRIDE), wobbling
+        latents = self.video_model.encode_video(world.video)
+        share, level = torch.rand(2, generator=generator).tolist()
+        if share < NOISE_SHARE:
+            latents = latents + MAX_NOISE * level * torch.randn(latents.shape, generator=generator)
+        return latents, world.views(VIEW_STRIDE), wobbling
 
     @torch.no_grad()
     def batches(self, start: int, stop: int, batch: int = 16) -> Iterator[tuple[Tensor, WorldBatch]]:
@@ -190,19 +199,30 @@ def measure_lgm(
 
 @torch.no_grad()
 def generated_clips(pipeline: Path, cache: Path, prompts: int | None = None, batch: int = 16) -> tuple[Tensor, Tensor]:
-    """Clips of the base generator: latents (N, C, T', H', W') and RGB views (N, S, 3, H, W), float16; kept.
+    """Clips of the base generator by all `SAMPLERS`: latents (N, C, T', H', W'), RGB views (N, S, 3, H, W), float16.
 
-    `cache` is the file they are read from the next time.
+    Kept: `cache` is the file they are read from the next time.
     """
     if not cache.exists():
         model = WanVideoModel.from_pretrained(pipeline)
         prompts = prompts or GENERATED_PROMPTS
         shape = model.latent_spec.latent_shape(17, 64, 64)
-        texts = sample_prompts(prompts, seed=5)
+        texts, empty = sample_prompts(prompts, seed=5), model.encode_prompt([""])
         latents, views = [], []
-        for low in range(0, prompts, batch):
+        for number, low in enumerate(range(0, prompts, batch)):
             text = model.encode_prompt(texts[low : low + batch])
-            latents.append(ode_sample(model, text, shape=shape, seeds=list(range(low, low + len(text))), num_steps=20))
+            steps, guidance = SAMPLERS[number % len(SAMPLERS)]
+            latents.append(
+                ode_sample(
+                    model,
+                    text,
+                    shape=shape,
+                    seeds=list(range(low, low + len(text))),
+                    num_steps=steps,
+                    guidance_scale=guidance,
+                    negative_text=empty,
+                )
+            )
             views.append(model.decode(latents[-1])[:, :, ::4].transpose(1, 2).half())
         temporary = cache.with_suffix(".tmp")
         save_file({"latents": torch.cat(latents).half(), "views": torch.cat(views).contiguous()}, temporary)
