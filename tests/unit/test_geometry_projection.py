@@ -153,6 +153,9 @@ def test_prediction_checks_shapes_and_moves_whole() -> None:
     assert room.index(-1).depth.shape == (1, 3, 4, 6)
     torch.testing.assert_close(room.index([1]).cam2world, room.cam2world[1:])
     assert not room.index(slice(0, 1)).detach().depth.requires_grad
+    again = type(room).cat([room.index([0]), room.index([1])])
+    torch.testing.assert_close(again.points, room.points)
+    torch.testing.assert_close(again.frame_index, room.frame_index)
     with pytest.raises(ValueError, match=r"intrinsics: expected shape \(2, 3, 3, 3\).*got \(2, 3, 3\)"):
         GeometryPrediction(room.cam2world, room.intrinsics[:, 0], room.depth, room.points, room.conf)
     with pytest.raises(ValueError, match="dynamic_mask: expected dtype"):

@@ -137,3 +137,8 @@ class GeometryPrediction:
         """A part of the batch; an int keeps the batch axis. `frame_index` is shared and stays."""
         chosen = slice(clips, clips + 1 or None) if isinstance(clips, int) else clips
         return self._map(lambda name, v: v if name == "frame_index" else v[chosen])
+
+    @classmethod
+    def cat(cls, parts: Sequence[GeometryPrediction]) -> GeometryPrediction:
+        """Parts of one batch, as `index` would give them, joined again."""
+        return parts[0]._map(lambda k, v: v if k == "frame_index" else torch.cat([getattr(p, k) for p in parts]))

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from vggrpo.geometry import GeometryPrediction
 from vggrpo.lgm.losses import geometry_errors, geometry_loss, unit_depth
 from vggrpo.lgm.model import LatentGeometryModel, LGMConfig
 from vggrpo.lgm.search import StitchFit, search_layers
@@ -130,7 +131,7 @@ def train_lgm(
         start: a closed-form stitch, or an LGM to go on from (its LoRA of `config`'s rank or a lower one, of the same
             alpha / rank); its teacher may have been an earlier leg of this one.
         generated: latents (N, C, T', H', W') of the base generator and their RGB views (N, S, 3, H, W); the teacher
-            judges the views. A share of `GENERATED_SHARE` of all batches. None: rendered clips alone.
+            judges the views, once. A share of `GENERATED_SHARE` of all batches. None: rendered clips alone.
     """
     torch.manual_seed(schedule.seed)
     student = LatentGeometryModel(config, _copy(teacher))
@@ -140,12 +141,13 @@ def train_lgm(
         student.special.copy_(start.special)
     else:
         student.load_state_dict_parts(widen_lora(start.tensors, student.parts()))
+    judged = None if generated is None else teacher_targets(teacher, generated[1])
     through_convs = config.layer < teacher.config.conv_layers  # what matching is read from
 
     def loss(model: nn.ModuleList, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        if generated is not None and torch.rand((), generator=generator) < GENERATED_SHARE:
+        if generated is not None and judged is not None and torch.rand((), generator=generator) < GENERATED_SHARE:
             index = torch.randint(len(generated[0]), (BATCH,), generator=generator)
-            target = unit_depth(teacher(generated[1][index].float()))
+            target = judged.index(index).to(dtype=torch.float32)
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                 prediction, raw = model[0].predict(generated[0][index].float())
             # On them the teacher's word counts for what the rewards make of it, too: left to itself an LGM finds what
@@ -166,6 +168,13 @@ def train_lgm(
         return value, more if wobbling else logs | more | {"match": match.item()}
 
     return fit(nn.ModuleList([student, Matched(student.geometry)]), loss, schedule, folder)[0]
+
+
+@torch.no_grad()
+def teacher_targets(teacher: VGGT, views: Tensor, batch: int = 16) -> GeometryPrediction:
+    """The teacher's word on RGB views (N, S, 3, H, W), as `geometry_loss` wants it; kept in half precision."""
+    parts = [unit_depth(teacher(part.float())).to(dtype=torch.float16) for part in views.split(batch)]
+    return GeometryPrediction.cat(parts)
 
 
 @torch.no_grad()
