@@ -355,7 +355,28 @@ def load_section(
     try:
         return kind.model_validate(values)
     except ValidationError as error:
+        command = _command_of(values, kind)
+        if command:
+            what = "these settings are" if isinstance(source, Mapping) else f"{source} is"
+            raise UserError(
+                f"{what} a recipe of `vggrpo {command}`; use that command, or name another recipe"
+            ) from error
         raise UserError(_explain(error, kind)) from error
+
+
+def _command_of(values: Mapping[str, Any], kind: type[BaseModel]) -> str | None:
+    """The command whose recipes have all of these sections, if `kind` is not its and lacks some."""
+    from vggrpo.config_benchmark import BenchmarkConfig
+    from vggrpo.config_lgm import TrainLGMConfig
+
+    kinds: dict[str, type[BaseModel]] = {
+        "train": TrainConfig,
+        "train-lgm": TrainLGMConfig,
+        "benchmark": BenchmarkConfig,
+    }
+    if values.keys() <= kind.model_fields.keys():
+        return None
+    return next((name for name, other in kinds.items() if values.keys() <= other.model_fields.keys()), None)
 
 
 def dump_config(config: TrainConfig) -> str:

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 Frames = NDArray[np.uint8]
 # Stretches of real footage where the camera moves: file, first second.
 REAL = (("nasa_13013.mp4", 8.2), ("dog-example.mp4", 2.0), ("cosmos-example.mp4", 1.0))
-PARALLAX = REAL[1:]  # the first one zooms over a flat scene
+FLAT = REAL[0]  # zooms over a flat scene
+PARALLAX = (*REAL[1:], ("cosmos-example.mp4", 3.0))
 SECONDS = 2.0
 
 

@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel
 
 from vggrpo.cli import main
+from vggrpo.config import load_config
 from vggrpo.config_lgm import TrainLGMConfig, check_resumable, dump_lgm_config, load_lgm_config
 from vggrpo.errors import UserError
 
@@ -105,3 +106,16 @@ def test_the_command(monkeypatch, capsys):
     assert "result" in capsys.readouterr().out
     assert main(["train-lgm", "lgm-tiny", "updatess=2"]) == 2
     assert "nearest known key" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("load", "recipe", "command"),
+    [
+        (load_lgm_config, "tiny", "train"),
+        (load_config, "lgm-tiny", "train-lgm"),
+        (load_config, "benchmark-tiny", "benchmark"),
+    ],
+)
+def test_a_recipe_of_another_command_names_that_command(load, recipe, command):
+    with pytest.raises(UserError, match=f"{recipe} is a recipe of `vggrpo {command}`"):
+        load(recipe)

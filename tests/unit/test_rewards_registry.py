@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from importlib.metadata import EntryPoint
 
 import pytest
@@ -44,6 +45,30 @@ def test_an_option_that_a_reward_does_not_have_is_refused_beforehand(offered):
         registry.check_options("camera_motion_smoothness", {"eps_rotatoin": 0.1})
     with pytest.raises(UserError, match="no option 'context'"):
         registry.check_options("camera_motion_smoothness", {"context": None})
+
+
+@pytest.mark.parametrize(
+    "name, option, value",
+    [
+        ("camera_motion_smoothness", "eps_rotation", "small"),
+        ("camera_motion_smoothness", "eps_translation", float("nan")),
+        ("geometry_reprojection_consistency", "movers", "everything"),
+        ("geometry_reprojection_consistency", "tolerance", -0.1),
+        ("geometry_reprojection_consistency", "stride", 0),
+        ("subject_rigidity", "min_pixels", 1.5),
+        ("camera_motion_hinge", "keep", None),
+    ],
+)
+def test_a_value_that_an_option_cannot_take_is_refused_beforehand(name, option, value):
+    with pytest.raises(UserError, match=f"the reward '{name}' has {option} ") as error:
+        registry.check_options(name, {option: value})
+    assert "\n" not in str(error.value)
+
+
+def test_every_default_of_an_option_is_a_value_that_it_can_take():
+    for name, reward in registry.REWARDS.items():
+        parameters = inspect.signature(reward).parameters.values()
+        registry.check_options(name, {p.name: p.default for p in parameters if p.name not in ("prediction", "context")})
 
 
 def test_the_example_of_the_documentation_is_a_reward():

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import torch
 from jaxtyping import Float
+from pydantic import NonNegativeFloat
 from torch import Tensor
 
 from vggrpo.geometry import GeometryPrediction, safe_norm
@@ -38,8 +39,8 @@ def camera_motion_smoothness(
     prediction: GeometryPrediction,
     *,
     context: RewardContext | None = None,
-    eps_translation: float = 1e-3,
-    eps_rotation: float = 1e-3,
+    eps_translation: NonNegativeFloat = 1e-3,
+    eps_rotation: NonNegativeFloat = 1e-3,
 ) -> Reward:
     """``r_motion`` of the predicted camera path.
 

@@ -13,7 +13,9 @@ import inspect
 from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Any, get_type_hints
+
+from pydantic import ConfigDict, ValidationError, create_model
 
 from vggrpo.config import RewardTerm
 from vggrpo.errors import UserError
@@ -45,9 +47,11 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
     """Ask before a roll-out what the reward called `name` would say after it.
 
     Raises:
-        UserError: an unknown reward, or an option that it does not have (the nearest that it has is named).
+        UserError: an unknown reward, an option that it does not have (the nearest that it has is named), or a value
+            that is not of the option's annotated type.
     """
-    parameters = list(inspect.signature(get_reward(name)).parameters.values())[1:]  # the first is the geometry
+    reward = get_reward(name)
+    parameters = list(inspect.signature(reward).parameters.values())[1:]  # the first is the geometry
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return
     known = [p.name for p in parameters if p.name != "context"]
@@ -56,6 +60,18 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
             near = difflib.get_close_matches(str(option), known, n=1, cutoff=0.0)
             remedy = f"the nearest that it has is {near[0]!r}" if near else "it has none"
             raise UserError(f"the reward {name!r} has no option {option!r}; {remedy}")
+    types = get_type_hints(reward, include_extras=True)
+    for option, value in options.items():
+        _check_value(name, option, value, types.get(option, Any))
+
+
+def _check_value(name: str, option: str, value: Any, kind: Any) -> None:
+    config = ConfigDict(allow_inf_nan=False, arbitrary_types_allowed=True)
+    try:
+        create_model("_Option", __config__=config, value=(kind, ...))(value=value)
+    except ValidationError as error:
+        message = error.errors()[0]["msg"]
+        raise UserError(f"the reward {name!r} has {option} {value!r}: {message[0].lower()}{message[1:]}") from error
 
 
 @cache

@@ -36,6 +36,7 @@ from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor
 from torch.nn import functional
 
@@ -165,15 +166,15 @@ def geometry_reprojection_consistency(
     *,
     context: RewardContext | None = None,
     movers: Movers = "dynamic",
-    flow_threshold: float = 0.01,
-    confidence_threshold: float = 0.1,
-    edge_threshold: float = 0.03,
-    edge_radius: int = 1,
-    tolerance: float = 0.01,
-    worst_views: int = 3,
-    min_overlap: float = 0.01,
+    flow_threshold: NonNegativeFloat = 0.01,
+    confidence_threshold: NonNegativeFloat = 0.1,
+    edge_threshold: NonNegativeFloat = 0.03,
+    edge_radius: NonNegativeInt = 1,
+    tolerance: NonNegativeFloat = 0.01,
+    worst_views: PositiveInt = 3,
+    min_overlap: NonNegativeFloat = 0.01,
     leave_one_out: bool = False,
-    stride: int = 1,
+    stride: PositiveInt = 1,
     per_view: bool = False,
 ) -> Reward:
     """``r_geo`` of the predicted geometry; the module's docstring has the definition.

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from vggrpo.errors import UserError
@@ -200,11 +201,11 @@ def subject_rigidity(
     prediction: GeometryPrediction,
     *,
     context: RewardContext | None = None,
-    confidence_threshold: float = 0.1,
-    edge_threshold: float = 0.03,
-    edge_radius: int = 1,
-    min_pixels: int = 12,
-    hidden: float = 0.25,
+    confidence_threshold: NonNegativeFloat = 0.1,
+    edge_threshold: NonNegativeFloat = 0.03,
+    edge_radius: NonNegativeInt = 1,
+    min_pixels: PositiveInt = 12,
+    hidden: NonNegativeFloat = 0.25,
 ) -> Reward:
     """How rigidly the subjects of each clip move; the module's docstring has the definition.
 
