@@ -60,6 +60,19 @@ def test_a_row_with_an_lgm_of_its_own_survives_kills(tmp_path):
     assert "## LGMs of the arms" in (output / "lgm.md").read_text()
 
 
+def test_the_study_of_stitching_at_its_smallest(tmp_path):
+    arguments = ["reproduce", "stitch", "--quick", "--output", str(tmp_path), "--device", "cpu"]
+    assert main(arguments) == 0
+    rows = json.loads((tmp_path / "stitch.json").read_text())["lgms"]
+    assert [row["layer"] for row in rows.values()] == [0, 1, 2, 0]
+    assert [row["view_rate"] for row in rows.values()] == ["latent", "latent", "latent", "frame"]
+    assert all(row["accuracy"]["ratio"]["abs_rel"] > 0 and row["training"]["updates"] == 1 for row in rows.values())
+    assert "| lgm-layer-2 |" in (tmp_path / "stitch.md").read_text()
+    cards = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("card.json")}
+    assert main(arguments) == 0
+    assert cards == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("card.json")}
+
+
 def test_the_study_of_hacking_at_its_smallest(tmp_path):
     arguments = ["reproduce", "hacking", "--quick", "--sets", "world-static", "--output", str(tmp_path),
                  "--device", "cpu"]  # fmt: skip

@@ -14,7 +14,7 @@ from vggrpo.errors import UserError
 from vggrpo.reproduce import TABLES, Settings, cells, lgms
 from vggrpo.reproduce import plan as plan_module
 from vggrpo.reproduce.cells import arm_named, same_latents, trained
-from vggrpo.reproduce.lgms import lgm_config, trained_lgm
+from vggrpo.reproduce.lgms import audited_lgm, lgm_config
 from vggrpo.reproduce.plan import Costs, budget, plan_lines
 from vggrpo.reproduce.recipes import equal_budget
 from vggrpo.reproduce.settings import arm_config, seconds_of
@@ -56,9 +56,9 @@ def test_an_lgm_is_trained_once_and_audited_where_there_is_a_judge(tmp_path, mon
     monkeypatch.setattr(lgms, "train_lgm", fake_train)
     monkeypatch.setattr(lgms, "audit_reward", fake_audit)
     with pytest.raises(KeyboardInterrupt):
-        trained_lgm(OWN_LGM[0], Settings(), tmp_path)
+        audited_lgm(OWN_LGM[0], Settings(), tmp_path)
     for _ in range(2):
-        trained_lgm(OWN_LGM[0], Settings(), tmp_path)
+        audited_lgm(OWN_LGM[0], Settings(), tmp_path)
     assert calls == ["train", "audit", "audit"]
     assert lgms.about_lgm(OWN_LGM[0], tmp_path) == {"card": {"updates": 1}, "audit": {"ratio": 0.5}}
 
@@ -103,7 +103,7 @@ COSTS = Costs(video=1.0, gradient=0.5, start=10.0, sampled=2.0, lgm_clip=3.0, lg
 
 def test_a_plan_names_each_cell_once_and_knows_what_is_done(tmp_path):
     settings = Settings(seeds=2, prompts=4, videos=2, updates=3)
-    names = ["main", "main-seconds", "lgm", "robustness"]
+    names = ["main", "main-seconds", "lgm", "stitch", "robustness"]
     found = plan_module.cells(names, tmp_path, settings, (), COSTS)
     assert len({(cell.kind, cell.name) for cell in found}) == len(found)
     by_name = {(cell.kind, cell.name): cell for cell in found}
@@ -115,6 +115,7 @@ def test_a_plan_names_each_cell_once_and_knows_what_is_done(tmp_path):
     assert by_name["train", "sft-seconds, seed 1"].seconds == by_name["train", "vggrpo, seed 1"].seconds
     assert by_name["videos", "world-static/base-s0"].seconds == 4 * 2 * 2.0
     assert by_name["LGM", "lgm-every-frame"].seconds > 2 * by_name["LGM", "lgm-recipe"].seconds
+    assert by_name["LGM", "lgm-layer-2"].seconds == by_name["LGM", "lgm-recipe"].seconds
     assert by_name["analysis", "robustness"].seconds is None
     run = tmp_path / "runs" / "vggrpo-s0"
     (run / "lora").mkdir(parents=True)

@@ -9,7 +9,7 @@ from vggrpo.commands.arguments import GO_ON, Subparsers, at_least, guidance_scal
 
 NAMES = (
     "main", "main-seconds", "rewards", "geometry", "lgm", "generalisation", "guidance", "efficiency", "robustness",
-    "hacking",
+    "stitch", "hacking",
 )  # fmt: skip
 
 

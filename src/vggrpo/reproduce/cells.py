@@ -21,7 +21,7 @@ from vggrpo.io.manifest import read_jsonl, write_jsonl
 from vggrpo.models.loading import pick_device
 from vggrpo.posttraining import train
 from vggrpo.posttraining.trainer import load_lgm
-from vggrpo.reproduce.lgms import trained_lgm
+from vggrpo.reproduce.lgms import audited_lgm
 from vggrpo.reproduce.recipes import TABLES, Arm
 from vggrpo.reproduce.settings import Settings, arm_config, run_logs, seconds_of
 from vggrpo.rewards.latent import WeightedLatentReward
@@ -54,7 +54,7 @@ def trained(arm: Arm, seed: int, folder: Path, settings: Settings, say: Say) -> 
         return None
     if arm.lgm is not None:
         say(f"LGM of {arm.name}")
-        trained_lgm(arm, settings, folder)
+        audited_lgm(arm, settings, folder)
     seconds = None
     if arm.seconds_of:
         trained(arm_named(arm.seconds_of), seed, folder, settings, say)

@@ -48,14 +48,19 @@ def lgm_config(arm: Arm, settings: Settings, folder: Path) -> TrainLGMConfig:
 
 
 def trained_lgm(arm: Arm, settings: Settings, folder: Path) -> Path:
-    """The directory of the arm's LGM; trained and audited if that has not been done."""
+    """The directory of the arm's LGM, trained if that has not been done."""
     config = lgm_config(arm, settings, folder)
     directory = Path(config.output) / "lgm"
     if not (directory / "card.json").is_file():  # the last thing that training writes
         train_lgm(config, progress=not settings.quick)
+    return directory
+
+
+def audited_lgm(arm: Arm, settings: Settings, folder: Path) -> Path:
+    """`trained_lgm`, audited if that has not been done, as training asks before it reads rewards through it."""
+    directory, recipe = trained_lgm(arm, settings, folder), settings.recipe()
     # Other video models have no judge that comes along; `vggrpo audit-reward --judge` takes one.
-    if config.video.path == EMBEDDED and not (directory / "audit.json").is_file():
-        recipe = settings.recipe()
+    if recipe.model.path == EMBEDDED and not (directory / "audit.json").is_file():
         data = recipe.data
         audit_reward(
             directory,

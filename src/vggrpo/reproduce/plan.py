@@ -24,7 +24,7 @@ from vggrpo.pretraining.distill import train_lgm
 from vggrpo.reproduce.cells import BASE, arm_named, measured_with, training_seeds
 from vggrpo.reproduce.hacking import SETS, mark_updates
 from vggrpo.reproduce.lgms import lgm_config
-from vggrpo.reproduce.recipes import FAR, STUDIES, TABLES, VGGRPO, Arm
+from vggrpo.reproduce.recipes import FAR, STITCHED, STUDIES, TABLES, VGGRPO, Arm
 from vggrpo.reproduce.run import checked_names, chosen_arms
 from vggrpo.reproduce.settings import Settings, arm_config, lgm_folder
 
@@ -73,7 +73,8 @@ def plan(names: Sequence[str], output: Path, settings: Settings, arms: Sequence[
         UserError: as `reproduce`.
     """
     chosen = [arm for name in checked_names(names, arms) for arm in chosen_arms(name, arms)]
-    needs_lgm = next((arm for arm in chosen if arm.lgm is not None), None)
+    with_lgm = [*chosen, *(STITCHED if "stitch" in names else ())]
+    needs_lgm = next((arm for arm in with_lgm if arm.lgm is not None), None)
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter(), time.process_time()
         costs = trial(Path(folder), settings, needs_lgm)
@@ -93,6 +94,8 @@ def cells(names: Sequence[str], output: Path, settings: Settings, arms: Sequence
     for name in names:
         if name == "hacking":
             add(*_hacking_cells(output, settings, costs))
+        elif name == "stitch":
+            add(*[_lgm(arm, output, settings, costs) for arm in STITCHED])
         elif name in STUDIES:
             add(Cell("analysis", name, None, (output / f"{name}.json").is_file()))
         else:

@@ -68,6 +68,15 @@ FAR = (
     Arm("far-bare", "the same without KL and hinge", BARE),
 )
 """Arms of the study of reward hacking."""
+LGM_RECIPE = Arm("lgm-recipe", "an LGM by the short recipe: rendered and generated clips, a view per latent frame",
+                 (), lgm=())  # fmt: skip
+EVERY_FRAME = Arm("lgm-every-frame", "the same, a view per RGB frame", (), lgm=("stitch.view_rate=frame",))
+STITCHED = (
+    LGM_RECIPE,
+    *(Arm(f"lgm-layer-{n}", f"the same, stitched after layer {n}", lgm=(f"stitch.layer={n}",)) for n in (1, 2)),
+    EVERY_FRAME,
+)
+"""LGMs of the study of stitching."""
 
 
 def _as_long(arm: Arm) -> Arm:
@@ -119,10 +128,9 @@ TABLES: dict[str, Table] = {
         "Generated clips among the training data close the gap to generated latents.",
         (
             VGGRPO,
-            Arm("lgm-recipe", "an LGM by the short recipe: rendered and generated clips, a view per latent frame",
-                (), lgm=()),
+            LGM_RECIPE,
             Arm("lgm-rendered-only", "the same, trained without generated clips", (), lgm=("clips.generated_share=0",)),
-            Arm("lgm-every-frame", "the same, a view per RGB frame", (), lgm=("stitch.view_rate=frame",)),
+            EVERY_FRAME,
         ),
     ),
     "generalisation": Table(
@@ -149,6 +157,7 @@ TABLES: dict[str, Table] = {
 STUDIES = {
     "efficiency": "Cost of a reward: through latents and through RGB frames",
     "robustness": "What noise on the latents does to the LGM and to decode-then-geometry",
+    "stitch": "Where an LGM is stitched, and how many views it reads",
     "hacking": "Training far past the optimum: which watch sees it first",
 }
 """Recipes that are no comparison of arms. The first two train nothing: `vggrpo analyze-lgm` answers them."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -37,13 +37,13 @@ def machine() -> dict[str, Any]:
 
 def write_results(folder: Path, name: str, result: Mapping[str, Any]) -> Path:
     """Write `NAME.json`, `NAME.md` and, for a table, `NAME.png`; returns the Markdown."""
-    atomic_write_json(folder / f"{name}.json", dict(result))
     if "sets" in result:
+        atomic_write_json(folder / f"{name}.json", dict(result))
         picture = forest(result)
         with atomic_path(folder / f"{name}.png") as temporary:
             temporary.write_bytes(cv2.imencode(".png", picture)[1].tobytes())
         return atomic_write(folder / f"{name}.md", _markdown(result, f"{name}.png"))
-    return atomic_write(folder / f"{name}.md", _study_markdown(result))
+    return study_page(folder, name, result, _analysis_lines(result["found"]))
 
 
 def _markdown(result: Mapping[str, Any], picture: str) -> str:
@@ -115,13 +115,17 @@ def _lgms(arms: Mapping[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
-def _study_markdown(result: Mapping[str, Any]) -> str:
-    found = result["found"]
-    lines = [f"# {result['title']}", ""]
-    if result["settings"]["quick"]:
-        lines += ["**A quick run: it shows that the recipe works, and nothing else.**", ""]
-    if "noise" in found:
-        lines += _noise_table(found["noise"], found["reference"])
+def study_page(folder: Path, name: str, result: Mapping[str, Any], lines: Sequence[str]) -> Path:
+    """Write `NAME.json` and `NAME.md` of a study whose tables are `lines`; returns the Markdown."""
+    atomic_write_json(folder / f"{name}.json", dict(result))
+    quick = ["**A quick run: it shows that the recipe works, and nothing else.**", ""]
+    head = [f"# {result['title']}", "", *(quick if result["settings"]["quick"] else [])]
+    return atomic_write(folder / f"{name}.md", "\n".join([*head, *lines, *footer(result)[2:]]) + "\n")
+
+
+def _analysis_lines(found: Mapping[str, Any]) -> list[str]:
+    """Tables of what `vggrpo analyze-lgm` found."""
+    lines = _noise_table(found["noise"], found["reference"]) if "noise" in found else []
     for shape, paths in found.get("cost", {}).items():
         lines += [f"Geometry of one clip, {shape}.", "", "| path | TFLOP | of RGB | seconds | of RGB | peak GiB |"]
         lines += ["|---|---|---|---|---|---|"]
@@ -131,7 +135,7 @@ def _study_markdown(result: Mapping[str, Any]) -> str:
                        None if peak is None else peak / 2**30)  # fmt: skip
             lines += [f"| {path} | " + " | ".join(number_cell(number) for number in numbers) + " |"]
         lines += [""]
-    return "\n".join([*lines, *footer(result)[2:]]) + "\n"
+    return lines
 
 
 def _noise_table(noise: Mapping[str, Any], reference: str) -> list[str]:

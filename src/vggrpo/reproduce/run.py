@@ -21,9 +21,10 @@ from vggrpo.models.loading import pick_device
 from vggrpo.reproduce.cells import BASE, Row, Say, compared, measured, spent, training_seeds
 from vggrpo.reproduce.hacking import study_hacking
 from vggrpo.reproduce.lgms import about_lgm, lgm_config
-from vggrpo.reproduce.recipes import STUDIES, TABLES, Arm, Table
+from vggrpo.reproduce.recipes import STITCHED, STUDIES, TABLES, Arm, Table
 from vggrpo.reproduce.results import machine, write_results
 from vggrpo.reproduce.settings import Settings, check_settings
+from vggrpo.reproduce.stitching import study_stitching
 
 
 def reproduce(
@@ -54,7 +55,8 @@ def reproduce(
     settings.recipe()  # fail before any work, here and below
     load_prompt_sets(settings.sets)
     pick_device(settings.device)
-    for arm in {arm.name: arm for table in chosen.values() for arm in table if arm.lgm is not None}.values():
+    with_lgm = [arm for table in chosen.values() for arm in table if arm.lgm is not None]
+    for arm in {arm.name: arm for arm in [*with_lgm, *(STITCHED if "stitch" in names else ())]}.values():
         lgm_config(arm, settings, Path(output))
     folder = ensure_directory(output)
     check_settings(folder / "settings.json", settings)
@@ -122,6 +124,8 @@ def _study(name: str, folder: Path, settings: Settings, say: Say) -> Path:
     common = {"table": name, "title": STUDIES[name], "settings": asdict(settings), "machine": machine()}
     if name == "hacking":
         return study_hacking(folder, settings, common, say)
+    if name == "stitch":
+        return study_stitching(folder, settings, common, say)
     return write_results(folder, name, common | {"found": _analysis(name, folder, settings)})
 
 
