@@ -105,4 +105,13 @@ def test_audit_reward(monkeypatch):
 def test_world_pretrain(monkeypatch):
     call = stand_in(monkeypatch, "vggrpo.pretraining", "pretrain")
     assert main(["world", "pretrain", "judge", "--output", "out"]) == 0
-    call.assert_called_once_with("judge", Path("out"), steps=None, start=None)
+    same = dict(steps=None, start=None)
+    call.assert_called_once_with("judge", Path("out"), **same, device="auto", batch_scale=1)
+    assert main(["world", "pretrain", "judge", "--output", "out", "--device", "cpu", "--batch-scale", "8"]) == 0
+    call.assert_called_with("judge", Path("out"), **same, device="cpu", batch_scale=8)
+
+
+def test_world_pretrain_looks_for_its_device_before_it_renders(tmp_path, capsys):
+    assert main(["world", "pretrain", "judge", "--output", str(tmp_path / "out"), "--device", "gpu"]) == 2
+    error = capsys.readouterr().err
+    assert "is no device" in error and error.count("\n") == 1 and not (tmp_path / "out").exists()

@@ -56,6 +56,10 @@ def _add_pretrain(actions: Subparsers) -> None:
     pretrain.add_argument(
         "--start", default=None, metavar="DIR", help='go on from the models in DIR, or from the "shipped" ones'
     )
+    pretrain.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: %(default)s)")
+    pretrain.add_argument(
+        "--batch-scale", type=at_least(1, most=1024), default=1, metavar="K", help="K times the recipe's clips a step"
+    )
     pretrain.set_defaults(run=run_pretrain, resume=GO_ON)
 
 
@@ -65,7 +69,14 @@ def run_pretrain(arguments: argparse.Namespace) -> None:
     from vggrpo.pretraining import pretrain
 
     start = assets.path(arguments.model).parent if arguments.start == "shipped" else arguments.start
-    pretrain(arguments.model, arguments.output, steps=arguments.steps, start=start)
+    pretrain(
+        arguments.model,
+        arguments.output,
+        steps=arguments.steps,
+        start=start,
+        device=arguments.device,
+        batch_scale=arguments.batch_scale,
+    )
 
 
 def run_sample(arguments: argparse.Namespace) -> None:

@@ -56,6 +56,7 @@ def audit_reward(
     num_frames: int = 17,
     size: tuple[int, int] = (64, 64),
     options: Mapping[str, Mapping[str, Any]] | None = None,
+    device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
     """Audit an LGM; prints a table, writes `audit.json` (which it returns) and `audit.html`.
 
@@ -71,13 +72,15 @@ def audit_reward(
         judge: geometry model that had no part in the LGM's training, instead of `models`'.
         num_frames, size: RGB frames and (height, width) of all clips.
         options: keyword arguments of the two rewards by their names, as training will use them (`audited_options`).
+        device: where clips are rendered and networks run.
     """
     ensure_directory(output)  # fail before any work
     model = LatentGeometryModel.from_pretrained(assets.path("lgm") if str(lgm) == "embedded" else lgm)
     judge_path, pipeline = (assets.path(n) if models is None else models / n for n in ("judge", "pipeline"))
-    generator = WanVideoModel.from_pretrained(video_model or pipeline)
+    generator = WanVideoModel.from_pretrained(video_model or pipeline, device)
     model.check_latents_of(generator.latent_spec)
-    subject = _Subject(model, load_geometry_model(judge or judge_path), generator, num_frames, size, options or {})
+    independent = load_geometry_model(judge or judge_path).to(device)  # type: ignore[attr-defined]
+    subject = _Subject(model.to(device), independent, generator, num_frames, size, options or {})
     rendered = _rendered_terms(subject, clips, seed, batch)
     generated = _generated_terms(subject, clips, seed, batch)
     floor, base = _mean(rendered["smooth"]["lgm"]["e_geo"]), _mean(generated["lgm"]["e_geo"])
@@ -119,7 +122,7 @@ class _Subject:
     def terms(self, prediction: GeometryPrediction) -> dict[str, Tensor]:
         """`TERMS` of a geometry, with the options of the training to come."""
         rewards = (get_reward(name)(prediction, **self.options.get(name, {})) for name in AUDITED)
-        return {k: v for reward in rewards for k, v in reward.terms.items() if k in TERMS}
+        return {k: v.cpu() for reward in rewards for k, v in reward.terms.items() if k in TERMS}
 
     @property
     def view_stride(self) -> int:
@@ -149,9 +152,10 @@ def samples_needed(values: Float[Tensor, " N"], power: float = 0.8, level: float
 def _rendered_terms(subject: _Subject, clips: int, seed: int, batch: int) -> dict[str, dict[str, dict[str, Tensor]]]:
     """Terms of rendered clips by kind (smooth, handheld, wobble) and by who measures (lgm, judge, truth)."""
     rows: dict[str, dict[str, list[dict[str, Tensor]]]] = {}
+    device = subject.video_model.device
     for low in range(0, clips, batch):
         seeds = range(AUDIT_SEED + seed + low, AUDIT_SEED + seed + min(low + batch, clips))
-        shape: dict[str, Any] = {"num_frames": subject.num_frames, "size": subject.size}
+        shape: dict[str, Any] = {"num_frames": subject.num_frames, "size": subject.size, "device": device}
         smooth = sample_batch(seeds, shake="smooth", **shape)
         # From none to four pixels, so that a rank correlation has something to order.
         amplitude = 4 * torch.rand(len(seeds), generator=torch.Generator().manual_seed(seed + low))

@@ -64,7 +64,7 @@ def geometry_loss(
     raw: dict[str, Tensor],
     target: GeometryPrediction,
     weights: dict[str, float] = WEIGHTS,
-) -> tuple[Tensor, dict[str, float]]:
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Weighted sum of L1-like losses, one a head, and each for the log.
 
     Args:
@@ -83,7 +83,7 @@ def distillation_loss(
     teacher: GeometryPrediction,
     weights: dict[str, float] = WEIGHTS,
     first_flow: Float[Tensor, "B S H W 3"] | None = None,
-) -> tuple[Tensor, dict[str, float]]:
+) -> tuple[Tensor, dict[str, Tensor]]:
     """`geometry_loss` against the word of a teacher, in the teacher's unit.
 
     Its confidence is learned as it is, and what it does not know (confidence 0, flow not finite) is no target.
@@ -111,9 +111,9 @@ def distillation_loss(
     return _weighted(parts, weights)
 
 
-def _weighted(parts: dict[str, Tensor], weights: dict[str, float]) -> tuple[Tensor, dict[str, float]]:
+def _weighted(parts: dict[str, Tensor], weights: dict[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
     total = sum(weights[name] * value for name, value in parts.items())
-    return total, {name: value.item() for name, value in parts.items()}
+    return total, {name: value.detach() for name, value in parts.items()}
 
 
 def _add_masks(parts: dict[str, Tensor], raw: dict[str, Tensor], target: GeometryPrediction) -> None:

@@ -153,7 +153,7 @@ class _Distillation:
             self.processes.sum_gradients(self.trained.values())
             norm = nn.utils.clip_grad_norm_(list(self.trained.values()), settings.grad_clip)
             self._step(norm)
-        return self._mean(parts | {"loss": loss.item()}) | {
+        return self._mean({name: value.item() for name, value in (parts | {"loss": loss}).items()}) | {
             "grad_norm": norm.item(), "learning_rate": self.optimizer.param_groups[0]["lr"]
         }  # fmt: skip
 

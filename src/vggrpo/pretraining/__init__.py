@@ -10,22 +10,66 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from vggrpo.errors import UserError
 from vggrpo.io.atomic import ensure_directory
 
+if TYPE_CHECKING:
+    from vggrpo.pretraining.data import Shards
+
 SHARDS, HELDOUT_SHARDS = 40, 1
 
 
+@dataclass(frozen=True)
+class Job:
+    """One run of a recipe: what `pretrain` was asked for.
+
+    Attributes:
+        output: directory of all recipes.
+        clips, heldout: shards to train and to measure on.
+        device: where everything is computed.
+        start: directory of the model to go on from, or None.
+        steps: instead of the recipe's, or None.
+        batch_scale: clips a step, as a multiple of the recipe's.
+    """
+
+    output: Path
+    clips: list[Path]
+    heldout: list[Path]
+    device: torch.device
+    start: Path | None = None
+    steps: int | None = None
+    batch_scale: int = 1
+
+    def schedule(self, recipe: Any) -> Any:
+        """The recipe's `Schedule` with this run's numbers."""
+        return replace(recipe, steps=self.steps or recipe.steps, batch_scale=self.batch_scale)
+
+    def load(self, paths: list[Path], **columns: bool) -> Shards:
+        """Clips for this run's device; see `Shards.load`."""
+        from vggrpo.pretraining.data import Shards
+
+        return Shards.load(paths, device=self.device, **columns)
+
+
 def pretrain(
-    name: str, output: str | Path, *, shards: int = SHARDS, steps: int | None = None, start: str | Path | None = None
+    name: str,
+    output: str | Path,
+    *,
+    shards: int = SHARDS,
+    steps: int | None = None,
+    start: str | Path | None = None,
+    device: str = "cpu",
+    batch_scale: int = 1,
 ) -> Path:
     """Train one of the shipped models and measure it on held-out clips.
+
+    All random draws are made on the CPU: a run differs from device to device by rounding alone.
 
     Args:
         name: "pipeline", "geometry", "lgm", "judge" or "attributes". The LGM needs pipeline and geometry in `output`.
@@ -34,155 +78,151 @@ def pretrain(
         steps: optimizer steps; default as in the recipe.
         start: directory of models to go on from (one a name, as this writes them) instead of from random weights, or
             for an LGM from a closed-form stitch.
+        device: "auto", "cpu", "cuda", ...
+        batch_scale: clips a step, as a multiple of the recipe's, which are few: they were chosen on a CPU.
 
     Returns:
         The finished model's directory, with its held-out numbers in `card.json`.
+
+    Raises:
+        UserError: unknown name or device, nothing to start from, or what an LGM needs is missing.
     """
-    makers: dict[str, Callable[..., dict[str, Any]]] = {
+    from vggrpo.models.loading import pick_device
+
+    makers: dict[str, Callable[[Job], dict[str, Any]]] = {
         "pipeline": _pipeline, "geometry": _geometry, "judge": _judge, "attributes": _attributes, "lgm": _lgm
     }  # fmt: skip
     if name not in makers:
         raise UserError(f"no recipe called {name!r}; there are {', '.join(makers)}")
+    place = pick_device(device)
     output = ensure_directory(output)
     before = None if start is None else Path(start) / name
     if before is not None and not before.is_dir():
         raise UserError(f"there is no model to start from in {before}; name a directory that holds {name}/")
     torch.manual_seed(0)
-    clips, heldout = render(output, shards)
-    card = makers[name](output, clips, heldout, steps, before)
+    clips, heldout = render(output, shards, place)
+    card = makers[name](Job(output, clips, heldout, place, before, steps, batch_scale))
     (output / name / "card.json").write_text(json.dumps(card, indent=2) + "\n")
     print(json.dumps(card))
     return output / name
 
 
-def render(output: Path, shards: int) -> tuple[list[Path], list[Path]]:
+def render(
+    output: Path, shards: int, device: torch.device, heldout_shards: int = HELDOUT_SHARDS
+) -> tuple[list[Path], list[Path]]:
     """Render what is missing of the training and the held-out clips."""
-    from vggrpo.pretraining.data import HELDOUT_SEED, render_shard
+    from vggrpo.pretraining.data import HELDOUT_SEED, render_shard, scene_drawer
 
-    heldout = [
-        render_shard(output / "data" / "heldout", i, split=None, first_seed=HELDOUT_SEED) for i in range(HELDOUT_SHARDS)
-    ]
-    return [render_shard(output / "data" / "train", i) for i in range(shards)], heldout
+    train, heldout = output / "data" / "train", output / "data" / "heldout"
+    with scene_drawer(device) as draw:
+        return (
+            [render_shard(train, i, device=device, draw=draw) for i in range(shards)],
+            [
+                render_shard(heldout, i, split=None, first_seed=HELDOUT_SEED, device=device, draw=draw)
+                for i in range(heldout_shards)
+            ],
+        )
 
 
-def _pipeline(
-    output: Path, clips: list[Path], heldout: list[Path], steps: int | None, start: Path | None
-) -> dict[str, Any]:
+def _pipeline(job: Job) -> dict[str, Any]:
     from diffusers import WanPipeline
 
     from vggrpo.pretraining import generator, vae
     from vggrpo.pretraining.data import Shards
 
-    before = None if start is None else WanPipeline.from_pretrained(start)
+    output = job.output
+    before = None if job.start is None else WanPipeline.from_pretrained(job.start)
     first_vae = None if before is None else before.vae
-    made = vae.train_vae(clips, output / "work" / "vae", _with_steps(vae.SCHEDULE, steps), start=first_vae)
-    latents = [generator.encode_latents(made, path, output / "latents" / path.parent.name) for path in clips]
-    texts = Shards.load(clips, video=False, truth=False).texts
-    model = generator.train_generator(
-        latents, texts, output / "work" / "generator", _with_steps(generator.SCHEDULE, steps), start=before
+    made = vae.train_vae(
+        job.load(job.clips, truth=False), output / "work" / "vae", job.schedule(vae.SCHEDULE), start=first_vae
     )
-    card = vae.measure_vae(made, heldout)
+    latents = [generator.encode_latents(made, path, output / "latents" / path.parent.name) for path in job.clips]
+    texts = Shards.load(job.clips, video=False, truth=False).texts
+    model = generator.train_generator(
+        latents,
+        texts,
+        output / "work" / "generator",
+        job.schedule(generator.SCHEDULE),
+        start=before,
+        device=job.device,
+    )
+    card = vae.measure_vae(made, job.load(job.heldout, truth=False))
     generator.save_pipeline(model, made, output / "pipeline")
     return card
 
 
-def _geometry(
-    output: Path, clips: list[Path], heldout: list[Path], steps: int | None, start: Path | None
-) -> dict[str, Any]:
+def _geometry(job: Job) -> dict[str, Any]:
     from vggrpo.pretraining import geometry
 
-    return _geometry_network(
-        output, "geometry", geometry.TEACHER, geometry.TEACHER_SCHEDULE, clips, heldout, steps, start
-    )
+    return _geometry_network(job, "geometry", geometry.TEACHER, geometry.TEACHER_SCHEDULE)
 
 
-def _judge(
-    output: Path, clips: list[Path], heldout: list[Path], steps: int | None, start: Path | None
-) -> dict[str, Any]:
+def _judge(job: Job) -> dict[str, Any]:
     from vggrpo.pretraining import geometry
 
-    return _geometry_network(output, "judge", geometry.JUDGE, geometry.JUDGE_SCHEDULE, clips, heldout, steps, start)
+    return _geometry_network(job, "judge", geometry.JUDGE, geometry.JUDGE_SCHEDULE)
 
 
-def _geometry_network(
-    output: Path,
-    name: str,
-    config: Any,
-    schedule: Any,
-    clips: list[Path],
-    heldout: list[Path],
-    steps: int | None,
-    start: Path | None,
-) -> dict[str, Any]:
+def _geometry_network(job: Job, name: str, config: Any, schedule: Any) -> dict[str, Any]:
     from vggrpo.models.vggt import VGGT
     from vggrpo.pretraining.geometry import measure_geometry, train_geometry
 
-    before = None if start is None else VGGT.from_pretrained(start)
-    model = train_geometry(clips, output / "work" / name, config, _with_steps(schedule, steps), start=before)
-    model.save_pretrained(output / name, torch.float16)
-    return measure_geometry(model, heldout)
+    before = None if job.start is None else VGGT.from_pretrained(job.start)
+    work = job.output / "work" / name
+    model = train_geometry(job.load(job.clips), work, config, job.schedule(schedule), start=before)
+    model.save_pretrained(job.output / name, torch.float16)
+    return measure_geometry(model, job.load(job.heldout))
 
 
-def _attributes(
-    output: Path, clips: list[Path], heldout: list[Path], steps: int | None, start: Path | None
-) -> dict[str, Any]:
+def _attributes(job: Job) -> dict[str, Any]:
     from vggrpo.models.attributes import AttributeClassifier
     from vggrpo.pretraining import attributes
 
-    before = None if start is None else AttributeClassifier.from_pretrained(start)
+    before = None if job.start is None else AttributeClassifier.from_pretrained(job.start)
     model = attributes.train_attributes(
-        clips, output / "work" / "attributes", _with_steps(attributes.SCHEDULE, steps), start=before
+        job.load(job.clips, truth=False),
+        job.output / "work" / "attributes",
+        job.schedule(attributes.SCHEDULE),
+        start=before,
     )
-    model.save_pretrained(output / "attributes")
-    return attributes.measure_attributes(model, heldout)
+    model.save_pretrained(job.output / "attributes")
+    return attributes.measure_attributes(model, job.load(job.heldout, truth=False))
 
 
-def _lgm(output: Path, clips: list[Path], heldout: list[Path], steps: int | None, start: Path | None) -> dict[str, Any]:
+def _lgm(job: Job) -> dict[str, Any]:
     from vggrpo.config import load_config
     from vggrpo.evaluation.audit import audit_reward
-    from vggrpo.lgm import LGMConfig
     from vggrpo.models.vggt import VGGT
     from vggrpo.models.wan import WanVideoModel
     from vggrpo.pretraining import lgm
     from vggrpo.rewards.registry import audited_options
 
+    output, device = job.output, job.device
     for needed in ("pipeline", "geometry"):
         if not (output / needed).is_dir():
             raise UserError(
                 f"the LGM needs {output / needed}; run `vggrpo world pretrain {needed} --output {output}` first"
             )
-    teacher = VGGT.from_pretrained(output / "geometry").requires_grad_(False)
-    video_model = WanVideoModel.from_pretrained(output / "pipeline")
-    data = lgm.EncodedClips(clips, video_model)
-    first = lgm.stitch(teacher, data)[0] if start is None else lgm.parts_of(start)
-    config = LGMConfig(
-        geometry="../geometry",
-        vae=lgm.VAE_NAME,
-        latent_channels=video_model.latent_spec.channels,
-        layer=first.layer,
-        lora_rank=lgm.LORA_RANK,
-        lora_alpha=lgm.LORA_RANK,
-        spatial_stride=video_model.latent_spec.spatial_stride,
-        latents_mean=list(video_model.latent_spec.mean),
-        latents_std=list(video_model.latent_spec.std),
-    )
-    generated = lgm.generated_clips(output / "pipeline", output / "work" / "generated.safetensors")
+    teacher = VGGT.from_pretrained(output / "geometry").requires_grad_(False).to(device)
+    video_model = WanVideoModel.from_pretrained(output / "pipeline", device)
+    data = lgm.EncodedClips(job.load(job.clips), video_model)
+    first = lgm.stitch(teacher, data)[0] if job.start is None else lgm.parts_of(job.start)
+    config = lgm.config_for(first.layer, video_model)
+    generated = lgm.generated_clips(output / "pipeline", output / "work" / "generated.safetensors", device=device)
     model = lgm.train_lgm(
         teacher,
         data,
         first,
         config,
         output / "work" / "lgm",
-        _with_steps(lgm.SCHEDULE, steps),
+        job.schedule(lgm.SCHEDULE),
         generated,
     )
     model = lgm.compressed(model, teacher)
     model.save_pretrained(output / "lgm", torch.float16)
     if (output / "judge").is_dir():  # training asks for an audit beside the LGM
         options = audited_options(load_config("tiny").rewards)  # of the recipe that trains on this LGM
-        audit_reward(output / "lgm", output / "lgm", clips=lgm.AUDIT_CLIPS, models=output, options=options)
-    return lgm.measure_lgm(model, teacher, lgm.EncodedClips(heldout, video_model))
-
-
-def _with_steps(schedule: Any, steps: int | None) -> Any:
-    return schedule if steps is None else replace(schedule, steps=steps)
+        audit_reward(
+            output / "lgm", output / "lgm", clips=lgm.AUDIT_CLIPS, models=output, options=options, device=device
+        )
+    return lgm.measure_lgm(model, teacher, lgm.EncodedClips(job.load(job.heldout), video_model))

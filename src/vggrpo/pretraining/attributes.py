@@ -11,7 +11,7 @@ from torch import Tensor
 from vggrpo.models.attributes import AttributeClassifier, label_vector
 from vggrpo.pretraining.data import Shards
 from vggrpo.pretraining.generator import mirrored_attributes
-from vggrpo.pretraining.loop import Schedule, fit
+from vggrpo.pretraining.loop import Logs, Schedule, Watch, fit
 from vggrpo.world import CAMERA_MOVES, COLOURS, MOTION_VERBS, ROOMS, SHAPES
 
 SCHEDULE = Schedule(steps=2500, lr=2e-3, ema=0.998, seed=2)
@@ -25,48 +25,48 @@ LABELS = (
 
 
 def train_attributes(
-    shards: list[Path],
+    data: Shards,
     folder: Path,
     schedule: Schedule = SCHEDULE,
     bf16: bool = True,
     start: AttributeClassifier | None = None,
+    watch: Watch | None = None,
 ) -> AttributeClassifier:
-    """Train from scratch, or on from `start`, on clips and their mirror images.
+    """Train from scratch, or on from `start`, on clips and their mirror images, on the clips' device.
 
     With light noise, so that VAE artefacts do not matter.
     """
-    data = Shards.load(shards, truth=False)
+    device, batch = data.device, BATCH * schedule.batch_scale
     labels = torch.stack(
         [
             torch.stack([label_vector(LABELS, a) for a in (t["attributes"], mirrored_attributes(t["attributes"]))])
             for t in data.texts
         ]
-    )
+    ).to(device)
     torch.manual_seed(schedule.seed)
 
-    def loss(model: AttributeClassifier, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        index = torch.randint(len(data), (BATCH,), generator=generator)
-        mirrored = torch.randint(2, (BATCH,), generator=generator)
+    def loss(model: AttributeClassifier, step: int, generator: torch.Generator) -> tuple[Tensor, Logs]:
+        index = torch.randint(len(data), (batch,), generator=generator)
+        mirrored = torch.randint(2, (batch,), generator=generator)
         video = data.video(index)
-        video = torch.where((mirrored == 1).view(-1, 1, 1, 1, 1), video.flip(-1), video)
-        video = video + 0.03 * torch.randn(video.shape, generator=generator)
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        video = torch.where((mirrored == 1).view(-1, 1, 1, 1, 1).to(device), video.flip(-1), video)
+        video = video + 0.03 * torch.randn(video.shape, generator=generator).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             logits = model(video)
         return F.binary_cross_entropy_with_logits(logits.float(), labels[index, mirrored]), {}
 
     classifier = AttributeClassifier(LABELS)
     if start is not None:
         classifier.load_state_dict(start.state_dict())
-    return fit(classifier, loss, schedule, folder)
+    return fit(classifier.to(device), loss, schedule, folder, watch)
 
 
 @torch.no_grad()
-def measure_attributes(model: AttributeClassifier, heldout: list[Path], clips: int = 256) -> dict[str, float]:
+def measure_attributes(model: AttributeClassifier, data: Shards, clips: int = 256) -> dict[str, float]:
     """Held-out recall (adherence of real clips), precision, and recall against shuffled captions (chance)."""
-    data = Shards.load(heldout, truth=False)
     index = torch.arange(min(clips, len(data)))
     asked = torch.stack([label_vector(model.labels, data.texts[i]["attributes"]) for i in index]) > 0
-    shown = torch.cat([model(data.video(part)) for part in index.split(16)]) > 0
+    shown = torch.cat([model(data.video(part)) for part in index.split(16)]).cpu() > 0
     both = (asked & shown).sum().item()
     chance = (asked.roll(1, 0) & shown).sum().item()
     return {

@@ -9,8 +9,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -18,8 +23,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vggrpo.world import WorldBatch, sample_batch
+from vggrpo.world import WorldBatch
+from vggrpo.world.batch import render_scenes
+from vggrpo.world.scene import Scene, sample_scene
 
+# Scenes of seeds, in their order: `map`, or that of a pool of processes.
+DrawScenes = Callable[[Callable[[int], Scene], Iterable[int]], Iterable[Scene]]
+CPU = torch.device("cpu")
+MOST_WORKERS = 16
 SHARD_SIZE = 256
 HELDOUT_SEED = 10_000_000  # clips from here on are never trained on
 _TRUTH = ("depth", "cam2world", "intrinsics", "object_id", "object_pose", "moves", "frame_index")
@@ -30,10 +41,36 @@ def shard_path(folder: Path, number: int) -> Path:
     return folder / f"{number:05d}.safetensors"
 
 
+@contextmanager
+def scene_drawer(device: torch.device) -> Iterator[DrawScenes]:
+    """What draws scenes fast enough for `device`: for a CPU plain `map`; for a GPU, which renders hundreds of clips a
+    second where a core draws eighty scenes, a process a core."""
+    if device.type == "cpu":
+        yield map
+        return
+    workers = min(MOST_WORKERS, os.cpu_count() or 1)
+    # Not forked: a process that has a CUDA context must not be.
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        yield partial(pool.map, chunksize=4)
+
+
 def render_shard(
-    folder: Path, number: int, *, split: str | None = "train", first_seed: int = 0, batch: int = 16
+    folder: Path,
+    number: int,
+    *,
+    split: str | None = "train",
+    first_seed: int = 0,
+    batch: int = 16,
+    device: torch.device = CPU,
+    draw: DrawScenes = map,
 ) -> Path:
-    """Render clips `first_seed + number * SHARD_SIZE ...` unless the file is there; written aside, then renamed."""
+    """Render clips `first_seed + number * SHARD_SIZE ...` unless the file is there; written aside, then renamed.
+
+    Args:
+        batch: clips rendered at once.
+        device: where; the file is the same up to rounding.
+        draw: see `scene_drawer`.
+    """
     path = shard_path(folder, number)
     if path.exists():
         return path
@@ -41,17 +78,18 @@ def render_shard(
     start = first_seed + number * SHARD_SIZE
     parts: dict[str, list[Tensor]] = {}
     texts: list[dict] = []
-    for low in range(start, start + SHARD_SIZE, batch):
-        world = sample_batch(range(low, min(low + batch, start + SHARD_SIZE)), split=split)
-        parts.setdefault("video", []).append((world.video * 255).round().to(torch.uint8))
-        parts.setdefault("depth", []).append(world.depth.half())  # to 5e-4: half a gigabyte less a thousand clips
+    scenes = iter(draw(partial(sample_scene, split=split), range(start, start + SHARD_SIZE)))
+    while some := list(islice(scenes, batch)):
+        world = render_scenes(some, device=device)
+        parts.setdefault("video", []).append((world.video * 255).round().to(torch.uint8).cpu())
+        parts.setdefault("depth", []).append(world.depth.half().cpu())  # to 5e-4: half a gigabyte less a thousand clips
         for name in _TRUTH[1:-1]:
-            parts.setdefault(name, []).append(getattr(world, name))
+            parts.setdefault(name, []).append(getattr(world, name).cpu())
         texts += [
             {"caption": c, "attributes": a, "handheld": h}
             for c, a, h in zip(world.captions, world.attributes, world.handheld, strict=True)
         ]
-    tensors = {name: torch.cat(rows) for name, rows in parts.items()} | {"frame_index": world.frame_index.contiguous()}
+    tensors = {name: torch.cat(rows) for name, rows in parts.items()} | {"frame_index": world.frame_index.cpu()}
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     save_file(tensors, temporary, metadata={"texts": json.dumps(texts)})
     temporary.replace(path)
@@ -60,16 +98,23 @@ def render_shard(
 
 @dataclass
 class Shards:
-    """All clips of some shards in memory (uint8 video, float truth)."""
+    """All clips of some shards in memory (uint8 video, float truth).
+
+    Attributes:
+        tensors: one column a name; on `device` where they fit there, else in the host's memory.
+        device: where batches are made.
+    """
 
     tensors: dict[str, Tensor]
     texts: list[dict]
+    device: torch.device = CPU
 
     def __len__(self) -> int:
         return len(self.texts)
 
     @classmethod
-    def load(cls, paths: Sequence[Path], video: bool = True, truth: bool = True) -> Shards:
+    def load(cls, paths: Sequence[Path], video: bool = True, truth: bool = True, device: torch.device = CPU) -> Shards:
+        """Read shards; `video` and `truth` say which columns are needed."""
         columns: dict[str, list[Tensor]] = {}
         texts: list[dict] = []
         for path in paths:
@@ -77,33 +122,48 @@ class Shards:
                 texts += json.loads(file.metadata()["texts"])
                 for name in (("video",) if video else ()) + (_TRUTH if truth else ()):
                     columns.setdefault(name, []).append(file.get_tensor(name))
-        tensors = {k: (v[0] if k == "frame_index" else torch.cat(v)) for k, v in columns.items()}
-        return cls(tensors, texts)
+        store = device if _fit(columns, device) else CPU
+        tensors = {}
+        for name in list(columns):  # one by one, or all would be in memory twice
+            parts = columns.pop(name)
+            tensors[name] = (parts[0] if name == "frame_index" else torch.cat(parts)).to(store)
+        return cls(tensors, texts, device)
+
+    def _here(self, rows: Tensor) -> Tensor:
+        """A batch on `device`: it travels as it is stored, a quarter or half of what is computed with."""
+        return rows.to(self.device)
 
     def video(self, index: Tensor) -> Tensor:
         """Frames (B, 3, T, H, W) in [0, 1]."""
-        return self.tensors["video"][index].float() / 255
+        return self._here(self.tensors["video"][index]).float() / 255
 
     def world(self, index: Tensor, first: int = 0, every: int = 4, views: int = 5) -> WorldBatch:
         """The clips `index` with their truth: frames `first`, `first + every`, ..., the world anchored at the first."""
-        t = self.tensors
+        t, here = self.tensors, self._here
         frames = first + every * torch.arange(views)
-        to_first = torch.linalg.inv(t["cam2world"][index, first])[:, None]
+        to_first = torch.linalg.inv(here(t["cam2world"][index, first]))[:, None]
         return WorldBatch(
-            video=t["video"][index][:, :, frames].float() / 255,
-            depth=t["depth"][index][:, frames].float(),
-            cam2world=to_first @ t["cam2world"][index][:, frames],
-            intrinsics=t["intrinsics"][index][:, frames],
-            object_id=t["object_id"][index][:, frames],
-            object_pose=to_first[:, None] @ t["object_pose"][index][:, :, frames],
-            moves=t["moves"][index],
-            frame_index=t["frame_index"][frames],
+            video=here(t["video"][index][:, :, frames]).float() / 255,
+            depth=here(t["depth"][index][:, frames]).float(),
+            cam2world=to_first @ here(t["cam2world"][index][:, frames]),
+            intrinsics=here(t["intrinsics"][index][:, frames]),
+            object_id=here(t["object_id"][index][:, frames]),
+            object_pose=to_first[:, None] @ here(t["object_pose"][index][:, :, frames]),
+            moves=here(t["moves"][index]),
+            frame_index=here(t["frame_index"][frames]),
         )
+
+
+def _fit(columns: dict[str, list[Tensor]], device: torch.device) -> bool:
+    """Whether the clips leave half of the device's free memory to the training."""
+    if device.type != "cuda":
+        return False
+    return 2 * sum(part.nbytes for parts in columns.values() for part in parts) < torch.cuda.mem_get_info(device)[0]
 
 
 def mirror(world: WorldBatch) -> WorldBatch:
     """The batch as a mirror shows it, left and right exchanged."""
-    flip = torch.diag(torch.tensor([-1.0, 1.0, 1.0, 1.0]))
+    flip = torch.diag(torch.tensor([-1.0, 1.0, 1.0, 1.0])).to(world.cam2world.device)
     return replace(
         world,
         video=world.video.flip(-1),

@@ -6,6 +6,7 @@ Trained by flow matching on latents.
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vggrpo.models.base import LatentSpec
 from vggrpo.models.wan import WanVideoModel
-from vggrpo.pretraining.data import Shards
-from vggrpo.pretraining.loop import Schedule, fit
+from vggrpo.pretraining.data import CPU, Shards
+from vggrpo.pretraining.loop import Logs, Schedule, Watch, fit
 from vggrpo.pretraining.text import TEXT_DIM, build_text_encoder, build_tokenizer
 from vggrpo.world.captions import caption
 
@@ -57,7 +58,7 @@ def build_scheduler() -> UniPCMultistepScheduler:
 
 @torch.no_grad()
 def encode_latents(vae: AutoencoderKLWan, shard: Path, folder: Path) -> Path:
-    """Normalised latents of a shard's clips and of their mirror images.
+    """Normalised latents of a shard's clips and of their mirror images, made on the VAE's device.
 
     `latents`, `mirrored`: (N, 16, T', H', W') float16.
     """
@@ -65,15 +66,18 @@ def encode_latents(vae: AutoencoderKLWan, shard: Path, folder: Path) -> Path:
     if path.exists():
         return path
     folder.mkdir(parents=True, exist_ok=True)
-    data = Shards.load([shard], truth=False)
-    mean, std = (torch.tensor(v).view(1, -1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
+    device = next(vae.parameters()).device
+    data = Shards.load([shard], truth=False, device=device)
+    mean, std = (
+        torch.tensor(v, device=device).view(1, -1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std)
+    )
     columns: dict[str, list[Tensor]] = {"latents": [], "mirrored": []}
     for low in range(0, len(data), 8):
         video = data.video(torch.arange(low, min(low + 8, len(data)))) * 2 - 1
         for name, frames in (("latents", video), ("mirrored", video.flip(-1))):
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast(device.type, torch.bfloat16):
                 latents = vae.encode(frames).latent_dist.mean.float()
-            columns[name].append(((latents - mean) / std).half())
+            columns[name].append(((latents - mean) / std).half().cpu())
     temporary = path.with_suffix(".tmp")
     save_file({k: torch.cat(v) for k, v in columns.items()}, temporary)
     temporary.replace(path)
@@ -107,8 +111,10 @@ def train_generator(
     schedule: Schedule = SCHEDULE,
     bf16: bool = True,
     start: WanPipeline | None = None,
+    device: torch.device = CPU,
+    watch: Watch | None = None,
 ) -> Generator:
-    """Train from scratch, or on from the networks of `start`.
+    """Train from scratch, or on from the networks of `start`, on `device`.
 
     Flow matching: `x_t = (1 - t) x0 + t eps`, target `eps - x0`. Captions are worded anew at every visit.
     """
@@ -117,35 +123,38 @@ def train_generator(
         with safe_open(path, "pt") as file:
             for name in columns:
                 columns[name].append(file.get_tensor(name))
-    data = torch.stack([torch.cat(columns["latents"]), torch.cat(columns["mirrored"])])  # (2, N, C, T', H', W')
+    data = torch.stack([torch.cat(columns["latents"]), torch.cat(columns["mirrored"])])
+    data = data.to(device)  # (2, N, C, T', H', W'): 20 KB a clip
     attributes = [[t["attributes"] for t in texts], [mirrored_attributes(t["attributes"]) for t in texts]]
+    batch = BATCH * schedule.batch_scale
     torch.manual_seed(schedule.seed)
     generator_model = Generator()
     if start is not None:
         generator_model.transformer.load_state_dict(start.transformer.float().state_dict())
         generator_model.text_encoder.load_state_dict(start.text_encoder.float().state_dict())
 
-    def loss(model: Generator, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        index = torch.randint(data.shape[1], (BATCH,), generator=generator)
-        mirrored = torch.randint(2, (BATCH,), generator=generator)
-        drop = torch.rand(BATCH, generator=generator) < CAPTION_DROPOUT
+    def loss(model: Generator, step: int, generator: torch.Generator) -> tuple[Tensor, Logs]:
+        index = torch.randint(data.shape[1], (batch,), generator=generator)
+        mirrored = torch.randint(2, (batch,), generator=generator)
+        drop = torch.rand(batch, generator=generator) < CAPTION_DROPOUT
         words = np.random.default_rng([schedule.seed, step])
         prompts = [
             "" if d else caption(attributes[m][i], words)
             for i, m, d in zip(index.tolist(), mirrored.tolist(), drop, strict=True)
         ]
         clean = data[mirrored, index].float()
-        t = torch.sigmoid(torch.randn(BATCH, generator=generator))
-        t = TRAIN_SHIFT * t / (1 + (TRAIN_SHIFT - 1) * t)
-        noise = torch.randn(clean.shape, generator=generator)
+        t = torch.sigmoid(torch.randn(batch, generator=generator))
+        t = (TRAIN_SHIFT * t / (1 + (TRAIN_SHIFT - 1) * t)).to(device)
+        noise = torch.randn(clean.shape, generator=generator).to(device)
         mix = t.view(-1, 1, 1, 1, 1)
         wan = _as_video_model(model)
         # On a CPU the fused attention's backward pass in bfloat16 is half of the step; plain products are not.
-        with sdpa_kernel(SDPBackend.MATH), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        attention = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
+        with attention, torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             velocity = wan.predict_velocity((1 - mix) * clean + mix * noise, t, wan.encode_prompt(prompts))
         return (velocity.float() - (noise - clean)).square().mean(), {}
 
-    return fit(generator_model, loss, schedule, folder)
+    return fit(generator_model.to(device), loss, schedule, folder, watch)
 
 
 def _as_video_model(model: Generator) -> WanVideoModel:

@@ -14,7 +14,7 @@ from vggrpo.geometry.se3 import rotation_angle
 from vggrpo.lgm.losses import geometry_errors, geometry_loss, unit_depth
 from vggrpo.models.vggt import VGGT, VGGTConfig
 from vggrpo.pretraining.data import Shards, augment
-from vggrpo.pretraining.loop import Schedule, fit
+from vggrpo.pretraining.loop import Logs, Schedule, Watch, fit
 from vggrpo.pretraining.matching import Matched
 from vggrpo.rewards import geometry_reprojection_consistency
 from vggrpo.rewards.camera_motion import normalised_acceleration
@@ -46,43 +46,44 @@ JUDGE_SCHEDULE = Schedule(steps=4000, lr=1.2e-3, seed=7)
 
 
 def train_geometry(
-    shards: list[Path],
+    data: Shards,
     folder: Path,
     config: VGGTConfig,
     schedule: Schedule,
     bf16: bool = True,
     start: VGGT | None = None,
+    watch: Watch | None = None,
 ) -> VGGT:
-    """Train a network from scratch, or on from `start`, on the truth of rendered clips.
+    """Train a network from scratch, or on from `start`, on the truth of rendered clips and on their device.
 
     Half of the batches show few views of many clips; the others are views 0, 4, 8, ... as in use, or nearer ones
     early on.
     """
-    data = Shards.load(shards)
+    device, clips = data.device, BATCH * VIEWS * schedule.batch_scale
     torch.manual_seed(schedule.seed)
 
-    def loss(model: Matched, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+    def loss(model: Matched, step: int, generator: torch.Generator) -> tuple[Tensor, Logs]:
         every, first, views = _frames(step / schedule.steps, generator)
-        index = torch.randint(len(data), (BATCH * VIEWS // views,), generator=generator)
+        index = torch.randint(len(data), (clips // views,), generator=generator)
         world = augment(data.world(index, first, every, views), generator)
         wobbling = bool(torch.rand((), generator=generator) < WOBBLE_SHARE)
         if wobbling:
             amplitude = MAX_WOBBLE * torch.rand(len(index), generator=generator)
             world = wobble(world, amplitude, int(torch.randint(2**31, (), generator=generator)))
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             prediction, raw = model.network.predict(softened(world.video, generator).transpose(1, 2))
             # The displacements of a wobbling world are not those of its picture.
-            match = torch.zeros(()) if wobbling else model.loss(world)
+            match = torch.zeros((), device=device) if wobbling else model.loss(world)
         target = unit_depth(world.geometry(every=1))
         value, logs = geometry_loss(prediction, raw, target)
         extra, more = reward_loss(prediction, target, consistency=step >= CONSISTENCY_FROM * schedule.steps)
         value = value + MATCH_WEIGHT * match + extra
-        return value, more if wobbling else logs | more | {"match": match.item()}
+        return value, more if wobbling else logs | more | {"match": match.detach()}
 
     network = VGGT(config)
     if start is not None:
         network.load_state_dict(start.state_dict())
-    return fit(Matched(network), loss, schedule, folder).network
+    return fit(Matched(network).to(device), loss, schedule, folder, watch).network
 
 
 def _frames(done: float, generator: torch.Generator) -> tuple[int, int, int]:
@@ -101,7 +102,7 @@ def _frames(done: float, generator: torch.Generator) -> tuple[int, int, int]:
 
 def reward_loss(
     prediction: GeometryPrediction, target: GeometryPrediction, *, consistency: bool
-) -> tuple[Tensor, dict[str, float]]:
+) -> tuple[Tensor, Logs]:
     """How far the rewards' errors on a prediction are from those on the truth, weighted, and each for the log.
 
     Clips that a reward cannot judge count as zero. `consistency`: with the reprojection error, the costly one.
@@ -115,7 +116,7 @@ def reward_loss(
         # From the values, e = 1/r - 1: a reward's terms are cut off from the graph.
         miss = 1 / torch.where(known, found.value, one) - 1 / torch.where(known, wanted.value, one)
         parts["e_geo"] = CONSISTENCY_WEIGHT * miss.abs().mean()
-    return torch.stack(list(parts.values())).sum(), {f"miss_{name}": part.item() for name, part in parts.items()}
+    return torch.stack(list(parts.values())).sum(), {f"miss_{name}": part.detach() for name, part in parts.items()}
 
 
 def _shake(cam2world: Float[Tensor, "B S 4 4"]) -> Float[Tensor, "B 2"]:
@@ -138,9 +139,8 @@ def softened(video: Tensor, generator: torch.Generator) -> Tensor:
 
 
 @torch.no_grad()
-def measure_geometry(model: VGGT, heldout: list[Path], clips: int = 256) -> dict[str, float]:
+def measure_geometry(model: VGGT, data: Shards, clips: int = 256) -> dict[str, float]:
     """Mean held-out errors, and the pose errors of always answering the mean path (`*_of_mean`)."""
-    data = Shards.load(heldout)
     rows: dict[str, list[Tensor]] = {}
     targets = []
     for low in range(0, min(clips, len(data)), 16):

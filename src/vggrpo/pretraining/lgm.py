@@ -23,7 +23,7 @@ from vggrpo.models.pretrained import read_config, read_weights, reading
 from vggrpo.models.vggt import VGGT
 from vggrpo.models.wan import WanVideoModel
 from vggrpo.pretraining.compress import compress_lora, widen_lora
-from vggrpo.pretraining.data import Shards, augment
+from vggrpo.pretraining.data import CPU, Shards, augment
 from vggrpo.pretraining.geometry import (
     CONSISTENCY_FROM,
     MATCH_WEIGHT,
@@ -31,7 +31,7 @@ from vggrpo.pretraining.geometry import (
     WOBBLE_SHARE,
     reward_loss,
 )
-from vggrpo.pretraining.loop import Schedule, fit
+from vggrpo.pretraining.loop import Logs, Schedule, Watch, fit
 from vggrpo.pretraining.matching import Matched
 from vggrpo.sampling import ode_sample
 from vggrpo.world import WorldBatch, sample_prompts
@@ -56,26 +56,27 @@ class EncodedClips:
     """Rendered clips as latents, encoded as they are asked for: that costs a tenth of a step, and every visit can be
     mirrored, played backwards or made to wobble."""
 
-    def __init__(self, shards: list[Path], video_model: WanVideoModel) -> None:
-        self.truth, self.video_model = Shards.load(shards), video_model
+    def __init__(self, truth: Shards, video_model: WanVideoModel) -> None:
+        self.truth, self.video_model = truth, video_model
 
     def __len__(self) -> int:
         return len(self.truth)
 
     @torch.no_grad()
-    def draw(self, generator: torch.Generator) -> tuple[Tensor, WorldBatch, bool]:
+    def draw(self, generator: torch.Generator, batch: int = BATCH) -> tuple[Tensor, WorldBatch, bool]:
         """A batch of latents, the truth of its views, and whether it wobbles (a share of `WOBBLE_SHARE`)."""
-        index = torch.randint(len(self), (BATCH,), generator=generator)
+        index = torch.randint(len(self), (batch,), generator=generator)
         world = augment(self.truth.world(index, every=1, views=FRAMES), generator)
         wobbling = bool(torch.rand((), generator=generator) < WOBBLE_SHARE)
         if wobbling:
-            amplitude = MAX_WOBBLE * torch.rand(BATCH, generator=generator)
+            amplitude = MAX_WOBBLE * torch.rand(batch, generator=generator)
             seed = int(torch.randint(2**31, (), generator=generator))
             world = wobble(world, amplitude, seed, period=VIEW_STRIDE)
         latents = self.video_model.encode_video(world.video)
         share, level = torch.rand(2, generator=generator).tolist()
         if share < NOISE_SHARE:
-            latents = latents + MAX_NOISE * level * torch.randn(latents.shape, generator=generator)
+            noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+            latents = latents + MAX_NOISE * level * noise
         return latents, world.views(VIEW_STRIDE), wobbling
 
     @torch.no_grad()
@@ -115,6 +116,22 @@ def parts_of(directory: Path) -> LGMParts:
         return LGMParts(read_config(directory)["layer"], read_weights(directory))
 
 
+def config_for(layer: int, video_model: WanVideoModel) -> LGMConfig:
+    """The manifest of an LGM stitched at `layer` that reads the latents of `video_model`, geometry model beside it."""
+    spec = video_model.latent_spec
+    return LGMConfig(
+        geometry="../geometry",
+        vae=VAE_NAME,
+        latent_channels=spec.channels,
+        layer=layer,
+        lora_rank=LORA_RANK,
+        lora_alpha=LORA_RANK,
+        spatial_stride=spec.spatial_stride,
+        latents_mean=list(spec.mean),
+        latents_std=list(spec.std),
+    )
+
+
 def train_lgm(
     teacher: VGGT,
     clips: EncodedClips,
@@ -124,8 +141,9 @@ def train_lgm(
     schedule: Schedule = SCHEDULE,
     generated: tuple[Tensor, Tensor] | None = None,
     bf16: bool = True,
+    watch: Watch | None = None,
 ) -> LatentGeometryModel:
-    """Train connector and LoRA.
+    """Train connector and LoRA on the device where teacher, clips and `generated` are.
 
     Args:
         start: a closed-form stitch, or an LGM to go on from (its LoRA of `config`'s rank or a lower one, of the same
@@ -133,6 +151,7 @@ def train_lgm(
         generated: latents (N, C, T', H', W') of the base generator and their RGB views (N, S, 3, H, W); the teacher
             judges the views, once. A share of `GENERATED_SHARE` of all batches. None: rendered clips alone.
     """
+    device, batch = next(teacher.parameters()).device, BATCH * schedule.batch_scale
     torch.manual_seed(schedule.seed)
     student = LatentGeometryModel(config, _copy(teacher))
     student.add_lora()
@@ -144,11 +163,11 @@ def train_lgm(
     judged = None if generated is None else teacher_targets(teacher, generated[1])
     through_convs = config.layer < teacher.config.conv_layers  # what matching is read from
 
-    def loss(model: nn.ModuleList, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+    def loss(model: nn.ModuleList, step: int, generator: torch.Generator) -> tuple[Tensor, Logs]:
         if generated is not None and judged is not None and torch.rand((), generator=generator) < GENERATED_SHARE:
-            index = torch.randint(len(generated[0]), (BATCH,), generator=generator)
+            index = torch.randint(len(generated[0]), (batch,), generator=generator)
             target = judged.index(index).to(dtype=torch.float32)
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 prediction, raw = model[0].predict(generated[0][index].float())
             # On them the teacher's word counts for what the rewards make of it, too: left to itself an LGM finds what
             # it cannot see clearly consistent.
@@ -156,18 +175,18 @@ def train_lgm(
             return geometry_loss(prediction, raw, target)[0] + reward_loss(prediction, target, consistency=consistency)[
                 0
             ], {}
-        latents, world, wobbling = clips.draw(generator)
+        latents, world, wobbling = clips.draw(generator, batch)
         target = unit_depth(world.geometry(every=1))
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             prediction, raw = model[0].predict(latents)
             # The displacements of a wobbling world are not those of its picture.
-            match = model[1].loss(world) if through_convs and not wobbling else torch.zeros(())
+            match = model[1].loss(world) if through_convs and not wobbling else torch.zeros((), device=device)
         value, logs = geometry_loss(prediction, raw, target)
         extra, more = reward_loss(prediction, target, consistency=step >= CONSISTENCY_FROM * schedule.steps)
         value = value + MATCH_WEIGHT * match + extra
-        return value, more if wobbling else logs | more | {"match": match.item()}
+        return value, more if wobbling else logs | more | {"match": match.detach()}
 
-    return fit(nn.ModuleList([student, Matched(student.geometry)]), loss, schedule, folder)[0]
+    return fit(nn.ModuleList([student, Matched(student.geometry)]).to(device), loss, schedule, folder, watch)[0]
 
 
 @torch.no_grad()
@@ -184,7 +203,7 @@ def compressed(model: LatentGeometryModel, teacher: VGGT, rank: int = SHIPPED_RA
     small = LatentGeometryModel(config, _copy(teacher))
     small.add_lora()
     small.load_state_dict_parts(compress_lora(model.parts(), rank))
-    return small.eval()
+    return small.to(next(teacher.parameters()).device).eval()
 
 
 def _copy(teacher: VGGT) -> VGGT:
@@ -207,13 +226,16 @@ def measure_lgm(
 
 
 @torch.no_grad()
-def generated_clips(pipeline: Path, cache: Path, prompts: int | None = None, batch: int = 16) -> tuple[Tensor, Tensor]:
-    """Clips of the base generator by all `SAMPLERS`: latents (N, C, T', H', W'), RGB views (N, S, 3, H, W), float16.
+def generated_clips(
+    pipeline: Path, cache: Path, prompts: int | None = None, batch: int = 16, device: torch.device = CPU
+) -> tuple[Tensor, Tensor]:
+    """Clips of the base generator by all `SAMPLERS`: latents (N, C, T', H', W'), RGB views (N, S, 3, H, W), float16,
+    made and given on `device`.
 
     Kept: `cache` is the file they are read from the next time.
     """
     if not cache.exists():
-        model = WanVideoModel.from_pretrained(pipeline)
+        model = WanVideoModel.from_pretrained(pipeline, device)
         prompts = prompts or GENERATED_PROMPTS
         shape = model.latent_spec.latent_shape(17, 64, 64)
         texts, empty = sample_prompts(prompts, seed=5), model.encode_prompt([""])
@@ -233,7 +255,8 @@ def generated_clips(pipeline: Path, cache: Path, prompts: int | None = None, bat
                 )
             )
             views.append(model.decode(latents[-1])[:, :, ::4].transpose(1, 2).half())
+        cache.parent.mkdir(parents=True, exist_ok=True)
         temporary = cache.with_suffix(".tmp")
-        save_file({"latents": torch.cat(latents).half(), "views": torch.cat(views).contiguous()}, temporary)
+        save_file({"latents": torch.cat(latents).half().cpu(), "views": torch.cat(views).cpu().contiguous()}, temporary)
         temporary.replace(cache)
-    return _read(cache, "latents"), _read(cache, "views")
+    return _read(cache, "latents").to(device), _read(cache, "views").to(device)

@@ -16,15 +16,20 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from vggrpo.lgm.training import warmup_cosine
 
-Loss = Callable[[nn.Module, int, torch.Generator], tuple[Tensor, dict[str, float]]]
+# What is logged stays on the device until it is written: reading it each step would let a GPU run dry.
+Logs = dict[str, Tensor]
+Loss = Callable[[nn.Module, int, torch.Generator], tuple[Tensor, Logs]]
+Watch = Callable[[int, nn.Module], None]
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Optimisation of one recipe. `lr` is the peak; `ema` 0 switches averaging off."""
+    """Optimisation of one recipe. `lr` is the peak; `ema` 0 switches averaging off; a step has `batch_scale` times the
+    recipe's clips."""
 
     steps: int
     lr: float
@@ -34,6 +39,7 @@ class Schedule:
     ema: float = 0.999
     save_every: int = 250
     seed: int = 0
+    batch_scale: int = 1
 
     def lr_at(self, step: int) -> float:
         """Linear warm-up, then cosine to 2 % of the peak."""
@@ -45,18 +51,24 @@ def step_generator(seed: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed * 1_000_003 + step)
 
 
-def fit(model: nn.Module, loss: Loss, schedule: Schedule, folder: Path) -> nn.Module:
-    """Train `model`'s parameters that require gradients; returns the averaged model in eval mode.
+def fit(model: nn.Module, loss: Loss, schedule: Schedule, folder: Path, watch: Watch | None = None) -> nn.Module:
+    """Train `model`'s parameters that require gradients, on their device; returns the averaged model in eval mode.
 
-    `folder` gets `last.pt` (resumed from automatically) and `log.jsonl`.
+    `folder` gets `last.pt` (resumed from automatically, on any device) and `log.jsonl`.
+
+    Args:
+        watch: called after every save with the number of steps done and the averaged model in eval mode, which it may
+            not change. What it raises ends the training; the same call later goes on from that save.
     """
     folder.mkdir(parents=True, exist_ok=True)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=schedule.lr, weight_decay=schedule.weight_decay, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(
+        parameters, lr=schedule.lr, weight_decay=schedule.weight_decay, betas=(0.9, 0.98), fused=_fused(parameters)
+    )
     average = deepcopy(model).requires_grad_(False) if schedule.ema else model
     start = _resume(folder, model, average, optimizer)
     began = time.time()
-    sums: dict[str, list[float]] = {}
+    sums: dict[str, list[Tensor]] = {}
     model.train()
     for step in range(start, schedule.steps):
         for group in optimizer.param_groups:
@@ -69,25 +81,33 @@ def fit(model: nn.Module, loss: Loss, schedule: Schedule, folder: Path) -> nn.Mo
         optimizer.zero_grad(set_to_none=True)
         if schedule.ema:
             _average(average, model, min(schedule.ema, (1 + step) / (10 + step)))
-        for name, number in (logs | {"loss": value.item(), "grad_norm": norm.item()}).items():
-            sums.setdefault(name, []).append(float(number))
+        for name, number in (logs | {"loss": value, "grad_norm": norm}).items():
+            sums.setdefault(name, []).append(number.detach())
         last = step + 1 == schedule.steps
         if (step + 1) % 50 == 0 or last:
             row = {"step": step + 1, "seconds": round(time.time() - began, 1)} | {
-                k: sum(v) / len(v) for k, v in sums.items()
+                k: sum(map(float, v)) / len(v) for k, v in sums.items()
             }
             with open(folder / "log.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
             sums = {}
         if (step + 1) % schedule.save_every == 0 or last:
             _save(folder, step + 1, model, average, optimizer, schedule)
+            if watch is not None:
+                watch(step + 1, average.eval())
+                model.train()  # which may be the average itself
     return average.eval()
+
+
+def _fused(parameters: list[nn.Parameter]) -> bool | None:
+    """One kernel for all parameters on a GPU; None elsewhere: torch's choice, whose numbers the CPU recipes have."""
+    return True if parameters[0].device.type == "cuda" else None
 
 
 @torch.no_grad()
 def _average(average: nn.Module, model: nn.Module, decay: float) -> None:
-    for mean, now in zip(average.parameters(), model.parameters(), strict=True):
-        mean.lerp_(now, 1 - decay)
+    # All at once: hundreds of small kernels otherwise.
+    get_ema_multi_avg_fn(decay)(list(average.parameters()), list(model.parameters()), None)
     for mean, now in zip(average.buffers(), model.buffers(), strict=True):
         mean.copy_(now)
 
@@ -114,5 +134,7 @@ def _resume(folder: Path, model: nn.Module, average: nn.Module, optimizer: torch
     state = torch.load(path, map_location="cpu", weights_only=True)
     model.load_state_dict(state["model"])
     average.load_state_dict(state["average"])
+    for group in state["optimizer"]["param_groups"]:
+        group["fused"] = optimizer.defaults["fused"]  # of this device, not of the one that the checkpoint comes from
     optimizer.load_state_dict(state["optimizer"])
     return state["step"]

@@ -26,7 +26,9 @@ def image_motion(world: WorldBatch, step: int) -> tuple[Float[Tensor, "B S H W 2
     It does not hold in the view without a neighbour, behind the camera and beyond `FAR`.
     """
     b, s, h, w = world.object_id.shape
-    pose = torch.cat([torch.eye(4).expand_as(world.object_pose[:, :1]), world.object_pose], 1)  # (B, N + 1, S, 4, 4)
+    pose = torch.cat(
+        [torch.eye(4).to(world.object_pose).expand_as(world.object_pose[:, :1]), world.object_pose], 1
+    )  # (B, N + 1, S, 4, 4)
     moved = (torch.roll(pose, -step, 2) @ torch.linalg.inv(pose)).transpose(1, 2)
     to_camera = torch.roll(invert_se3(world.cam2world), -step, 1)
     transform = to_camera[:, :, None] @ moved  # (B, S, N + 1, 4, 4)
@@ -36,7 +38,8 @@ def image_motion(world: WorldBatch, step: int) -> tuple[Float[Tensor, "B S H W 2
     depth = seen[..., 2].clamp_min(0.1)
     focal, centre = world.intrinsics[..., 0, 0], world.intrinsics[..., :2, 2]
     there = seen[..., :2] / depth[..., None] * focal[..., None, None, None] + centre[:, :, None, None]
-    v, u = torch.meshgrid(torch.arange(h) + 0.5, torch.arange(w) + 0.5, indexing="ij")
+    rows, columns = (torch.arange(n, device=there.device) + 0.5 for n in (h, w))
+    v, u = torch.meshgrid(rows, columns, indexing="ij")
     motion = there - torch.stack([u, v], -1)
     valid = (seen[..., 2] > 0.1) & (motion.abs().amax(-1) < FAR)
     valid[:, -1 if step == 1 else 0] = False
@@ -67,7 +70,8 @@ class Matched(nn.Module):
         self._tokens = None
         total = out.new_zeros(())
         for k, step in enumerate((1, -1)):
-            motion, valid = image_motion(world, step)
+            with torch.autocast(out.device.type, enabled=False):  # bfloat16 would be off by a quarter of a pixel
+                motion, valid = image_motion(world, step)
             motion = motion.view(b, s, h * c, CELL, w * c, CELL, 2).mean((3, 5))
             valid = valid.view(b, s, h * c, CELL, w * c, CELL).all(5).all(3)
             total = total + ((out[:, :, k] - motion).norm(dim=-1) * valid).sum() / valid.sum().clamp_min(1) / 2

@@ -9,7 +9,7 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from vggrpo.pretraining.data import Shards
-from vggrpo.pretraining.loop import Schedule, fit
+from vggrpo.pretraining.loop import Logs, Schedule, Watch, fit
 
 SCHEDULE = Schedule(steps=10500, lr=1e-3, ema=0.998)
 KL_WEIGHT = 1e-4
@@ -38,47 +38,51 @@ def build_vae(mean: list[float] | None = None, std: list[float] | None = None) -
     )
 
 
-def vae_loss(video: Tensor, output: Tensor, mean: Tensor, logvar: Tensor) -> tuple[Tensor, dict[str, float]]:
+def vae_loss(video: Tensor, output: Tensor, mean: Tensor, logvar: Tensor) -> tuple[Tensor, Logs]:
     """L1 and MSE on pixels, L1 on their differences, a light KL to the unit Gaussian. Video in [-1, 1]."""
     pixel = (output - video).abs().mean()
     edges = sum((output.diff(dim=d) - video.diff(dim=d)).abs().mean() for d in (-1, -2)) / 2
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
     mse = ((output.clamp(-1, 1) - video) / 2).square().mean(dim=(1, 2, 3, 4))
-    psnr = (-10 * mse.log10()).mean().item()
+    psnr = (-10 * mse.log10()).mean().detach()
     squares = MSE_WEIGHT * (output - video).square().mean()
-    return pixel + edges + squares + KL_WEIGHT * kl, {"l1": pixel.item(), "kl": kl.item(), "psnr": psnr}
+    return pixel + edges + squares + KL_WEIGHT * kl, {"l1": pixel.detach(), "kl": kl.detach(), "psnr": psnr}
 
 
 def train_vae(
-    shards: list[Path],
+    data: Shards,
     folder: Path,
     schedule: Schedule = SCHEDULE,
     bf16: bool = True,
     start: AutoencoderKLWan | None = None,
+    watch: Watch | None = None,
 ) -> AutoencoderKLWan:
-    """Train from scratch or on from `start`, measure the latents' mean and std, return the finished VAE."""
-    data = Shards.load(shards, truth=False)
+    """Train from scratch or on from `start`, measure the latents' mean and std, return the finished VAE.
+
+    All on the clips' device.
+    """
+    device = data.device
     torch.manual_seed(schedule.seed)
     model = build_vae()
     if start is not None:
         model.load_state_dict(start.float().state_dict())
 
-    def loss(vae: AutoencoderKLWan, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+    def loss(vae: AutoencoderKLWan, step: int, generator: torch.Generator) -> tuple[Tensor, Logs]:
         frames, batch = next((f, b) for share, f, b in STAGES if step < share * schedule.steps)
-        index = torch.randint(len(data), (batch,), generator=generator)
+        index = torch.randint(len(data), (batch * schedule.batch_scale,), generator=generator)
         start = int(torch.randint(18 - frames, (1,), generator=generator))
         video = data.video(index)[:, :, start : start + frames] * 2 - 1
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             posterior = vae.encode(video).latent_dist
-            noise = torch.randn(posterior.mean.shape, generator=generator)
+            noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
             output = vae.decode(posterior.mean + posterior.std * noise).sample
         return vae_loss(video, output.float(), posterior.mean.float(), posterior.logvar.float())
 
-    model = fit(model, loss, schedule, folder)
+    model = fit(model.to(device), loss, schedule, folder, watch)
     mean, std = latent_statistics(model, data)
     finished = build_vae(mean, std)
     finished.load_state_dict(model.state_dict())
-    return finished.eval()
+    return finished.to(device).eval()
 
 
 @torch.no_grad()
@@ -93,9 +97,8 @@ def latent_statistics(vae: AutoencoderKLWan, data: Shards, clips: int = 512) -> 
 
 
 @torch.no_grad()
-def measure_vae(vae: AutoencoderKLWan, heldout: list[Path], clips: int = 128) -> dict[str, float]:
+def measure_vae(vae: AutoencoderKLWan, data: Shards, clips: int = 128) -> dict[str, float]:
     """Mean PSNR of held-out clips, decibels."""
-    data = Shards.load(heldout, truth=False)
     rows = []
     for low in range(0, min(clips, len(data)), 8):
         video = data.video(torch.arange(low, min(low + 8, clips, len(data)))) * 2 - 1

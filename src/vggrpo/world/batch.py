@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vggrpo.geometry import GeometryPrediction
 from vggrpo.world.render import SceneTensors, camera_rays, cast, shade
-from vggrpo.world.scene import FPS, sample_scene
+from vggrpo.world.scene import FPS, Scene, sample_scene
 
 
 @dataclass
@@ -121,8 +121,19 @@ def sample_batch(
         supersample: rays a pixel and axis for colour (anti-aliasing); depth is at pixel centres.
     """
     scenes = [sample_scene(int(s), num_frames=num_frames, shake=shake, camera=camera, split=split) for s in seeds]
-    scene = SceneTensors.stack(scenes, device)
-    b, (height, width) = len(scenes), size
+    return render_scenes(scenes, size=size, device=device, supersample=supersample)
+
+
+def render_scenes(
+    scenes: Sequence[Scene],
+    *,
+    size: tuple[int, int] = (64, 64),
+    device: torch.device | str = "cpu",
+    supersample: int = 2,
+) -> WorldBatch:
+    """Render scenes of one length on `device`; `size` and `supersample` as for `sample_batch`."""
+    scene = SceneTensors.stack(list(scenes), device)
+    b, num_frames, (height, width) = len(scenes), scene.cam2room.shape[1], size
     hit = cast(scene, *camera_rays(scene, size))
     colour = torch.zeros(*hit.depth.shape, 3, device=device)
     steps = [(i + 0.5) / supersample for i in range(supersample)]
