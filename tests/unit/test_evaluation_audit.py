@@ -20,12 +20,12 @@ def measured(seed, noise, floor):
     def kind(low, high):
         truth = {t: low + (high - low) * torch.rand(16, generator=generator) for t in audit.TERMS}
         seen = {t: v + noise * (high - low) * torch.randn(16, generator=generator) for t, v in truth.items()}
-        return {"truth": truth, "lgm": seen, "judge": truth}
+        return {"truth": truth, "lgm": seen, "teacher": truth, "judge": truth}
 
     rendered = {"smooth": kind(0, floor), "handheld": kind(0.2, 0.6), "wobble": kind(0.0, 0.1)}
     rendered["smooth"]["lgm"]["e_geo"] = torch.full((16,), floor)
     generated = kind(0.02, 0.08)
-    return rendered, {who: generated[who] for who in ("lgm", "judge")}
+    return rendered, {who: generated[who] for who in ("lgm", "teacher", "judge")}
 
 
 @pytest.mark.parametrize(
@@ -37,6 +37,7 @@ def test_verdict_and_page(tmp_path, monkeypatch, noise, floor, passed):
     monkeypatch.setattr(audit, "_generated_terms", lambda *_: generated)
     result = audit.audit_reward("embedded", tmp_path, clips=16)
     assert result["passed"] is passed
+    assert set(result["teacher"]["spearman_judge"].values()) == {1.0}  # made to be the judge
     assert json.loads((tmp_path / "audit.json").read_text()) == result
     page = (tmp_path / "audit.html").read_text()
     assert ("NOT passed" in page) is not passed and "plotly" in page

@@ -23,7 +23,7 @@ from vggrpo.io.atomic import ensure_directory
 from vggrpo.lgm.cache import teacher_views
 from vggrpo.lgm.clips import video_sources
 from vggrpo.lgm.losses import geometry_errors
-from vggrpo.lgm.model import LatentGeometryModel
+from vggrpo.lgm.model import LatentGeometryModel, load_teacher
 from vggrpo.lgm.training import mean_errors
 from vggrpo.models.base import GeometryModel
 from vggrpo.models.vae import VAE
@@ -148,16 +148,11 @@ def better_from(levels: Sequence[float], lgm: Sequence[float], other: Sequence[f
 
 def load_analysis(lgm: str | Path, vae: VAE, rgb: str | Path | None, device: torch.device) -> Analysis:
     """Load an LGM and its RGB model (default: the geometry model that its manifest names)."""
-    from vggrpo import assets
     from vggrpo.models.loading import load_geometry_model
 
-    directory = assets.path("lgm") if str(lgm) == EMBEDDED else Path(lgm)
-    model = LatentGeometryModel.from_pretrained(directory).to(device)
-    if rgb is None:
-        beside = directory / model.config.geometry
-        rgb = beside if beside.exists() else model.config.geometry
-    teacher = load_geometry_model(rgb).to(device)  # type: ignore[attr-defined]
-    return Analysis(model, vae, teacher)
+    model = LatentGeometryModel.from_pretrained(lgm).to(device)
+    teacher = load_teacher(lgm) if rgb is None else load_geometry_model(rgb)
+    return Analysis(model, vae, teacher.to(device))  # type: ignore[attr-defined]
 
 
 def analyze_lgm(

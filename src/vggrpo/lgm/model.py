@@ -179,9 +179,7 @@ class LatentGeometryModel(nn.Module):
             values.pop("model_type", None)
             config = LGMConfig(**values)
             state = read_weights(directory)
-            beside = directory / config.geometry
-            relative = beside.exists() or config.geometry.startswith(".")
-            model = cls(config, load_geometry_model(beside if relative else config.geometry))
+            model = cls(config, load_geometry_model(geometry_source(directory, config.geometry)))
             model.add_lora()
             model.load_state_dict_parts(state)
         model.merge_lora()
@@ -213,11 +211,28 @@ class LatentGeometryModel(nn.Module):
             raise UserError("latents hold NaN or infinity; check the sampler or the file that they come from")
 
 
+def geometry_source(directory: Path, name: str) -> str | Path:
+    """Where the geometry model `name` of the LGM in `directory` is: beside it, or wherever the name says."""
+    beside = directory / name
+    return beside if beside.exists() or name.startswith(".") else name
+
+
+def load_teacher(directory: str | Path) -> GeometryModel:
+    """The geometry model that an LGM was stitched from, as it was before; "embedded" is the shipped LGM's.
+
+    Raises:
+        UserError: as `LatentGeometryModel.from_pretrained`.
+    """
+    directory = assets.path("lgm") if str(directory) == EMBEDDED else Path(directory)
+    with reading("latent geometry model", directory, "name a directory that `vggrpo train-lgm` wrote"):
+        return load_geometry_model(geometry_source(directory, read_config(directory)["geometry"]))
+
+
 def geometry_licence(directory: str | Path) -> str:
     """Licence of the geometry weights behind the LGM in `directory`, read off its config; nothing is loaded."""
     try:
         values = read_config(Path(directory))
-        beside, kind = Path(directory) / values["geometry"], values.get("backend", "vggt")
-        return licence_of(beside.resolve() if beside.exists() else values["geometry"], kind)
+        source = geometry_source(Path(directory), values["geometry"])
+        return licence_of(source.resolve() if isinstance(source, Path) else source, values.get("backend", "vggt"))
     except (OSError, ValueError, KeyError):
         return f"unknown: no config of an LGM in {directory}"
