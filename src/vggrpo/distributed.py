@@ -197,10 +197,10 @@ def _together() -> Iterator[None]:
 
 
 @contextmanager
-def stop_signals() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set; a second SIGINT interrupts at once. Outside of the main thread nothing is
-    caught."""
-    event = threading.Event()
+def stop_signals(event: threading.Event | None = None) -> Iterator[threading.Event]:
+    """An event (a new one, or the one given) that SIGINT and SIGTERM set; a second SIGINT interrupts at once. Outside
+    of the main thread nothing is caught."""
+    event = event or threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event
         return
@@ -208,7 +208,7 @@ def stop_signals() -> Iterator[threading.Event]:
     def request(number: int, frame: Any) -> None:
         event.set()
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        logger.warning("stopping after this update; the run can be resumed")
+        logger.warning("stopping after this update, or this prompt's clips; the run can be resumed")
 
     before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -7,6 +7,7 @@ prepares, and that each moves what it optimises.
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -94,6 +95,23 @@ def test_golden_losses_and_what_a_run_leaves(done, algorithm):
     )
     assert any(value.any() for key, value in adapter(done / algorithm).items() if "lora_B" in key)
     assert f": {algorithm}, 2 of 2 updates" in (done / algorithm / "lora" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("algorithm", ["sft", "dpo"])
+def test_a_signal_while_clips_are_made_stops_after_a_prompt_and_loses_nothing(tiny_wan_dir, done, tmp_path, algorithm):
+    def terminated(latents):
+        signal.raise_signal(signal.SIGTERM)
+        return fake_lgm(latents)
+
+    a_prompt_at_a_time = "sampling.micro_batch=3"
+    with pytest.raises(KeyboardInterrupt, match="run again to go on"):
+        run(algorithm, tiny_wan_dir, tmp_path, a_prompt_at_a_time, lgm=terminated)
+    (made,) = (tmp_path / "clips").glob("prompt-*.json")
+    when = made.stat().st_mtime_ns
+    run(algorithm, tiny_wan_dir, tmp_path, a_prompt_at_a_time)
+    assert made.stat().st_mtime_ns == when and len(list((tmp_path / "clips").glob("prompt-*.json"))) == 3
+    losses, uninterrupted = ([row["loss"] for row in rows(path)] for path in (tmp_path, done / algorithm))
+    assert losses == pytest.approx(uninterrupted, rel=1e-3)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

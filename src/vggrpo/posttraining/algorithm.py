@@ -20,8 +20,9 @@ and share work by `context.processes.share`.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, ClassVar, Protocol
 
@@ -55,6 +56,7 @@ class Context:
         prompts: the training prompts.
         conditions: their text embeddings and first frames.
         processes: this process among all.
+        stop: set when the run should end; who works for minutes within an update looks at it.
     """
 
     config: TrainConfig
@@ -64,6 +66,7 @@ class Context:
     prompts: Sequence[str]
     conditions: Conditions
     processes: Processes
+    stop: threading.Event = field(default_factory=threading.Event)
 
 
 class Algorithm(Protocol):

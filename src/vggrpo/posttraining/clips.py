@@ -66,6 +66,7 @@ def base_candidates(context: Context, count: int) -> Iterator[tuple[int, str, Fl
     todo = [(i, prompt) for i, prompt in mine if not prompt_file(folder, i).is_file()]
     together = max(1, least_micro_batch(context.config.sampling.micro_batch) // count)  # prompts
     for start in range(0, len(todo), together):
+        _go_on(context)
         part = todo[start : start + together]
         jobs = [
             (prompt, derive_seed(context.config.seed, "clip", prompt, k)) for _, prompt in part for k in range(count)
@@ -74,6 +75,16 @@ def base_candidates(context: Context, count: int) -> Iterator[tuple[int, str, Fl
             latents = sample_clips(context, [prompt for prompt, _ in jobs], [seed for _, seed in jobs])
         for (i, prompt), clips in zip(part, latents.split(count), strict=True):
             yield i, prompt, clips
+
+
+def _go_on(context: Context) -> None:
+    """Making clips takes minutes and is one update to the trainer.
+
+    Raises:
+        KeyboardInterrupt: the run should end; what is made is kept.
+    """
+    if context.stop.is_set():
+        raise KeyboardInterrupt("stopped before all clips were made; run again to go on")
 
 
 def prompt_file(folder: Path, number: int) -> Path:
@@ -107,6 +118,7 @@ def clips_of_videos(context: Context, source: str) -> Clips:
     folder, config = clip_folder(context), context.config
     rows, root = manifest_rows(source)
     for number in range(context.processes.rank, len(rows), context.processes.size):
+        _go_on(context)
         if prompt_file(folder, number).is_file():
             continue
         video = fitted_video(root / rows[number].path, config.data.num_frames, (config.data.height, config.data.width))

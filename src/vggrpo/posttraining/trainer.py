@@ -98,7 +98,7 @@ def train(
             trackers=config.trackers,
             settings=config.model_dump(mode="json"),
         )
-        with tracker, stop_signals() as stop:
+        with tracker, stop_signals(context.stop) as stop:
             run.loop(start, tracker, stop)
     return result
 
