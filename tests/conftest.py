@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,13 +18,26 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.set_num_threads(max(1, torch.get_num_threads() // workers))
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Among workers a file stays together, because its fixtures are costly, and so do all whole commands from
-    outside, because they measure time and use all cores."""
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            group = "e2e" if item.path.parent.name == "e2e" else item.path.name
-            item.add_marker(pytest.mark.xdist_group(group))
+def pytest_collection_finish() -> None:
+    """What the imports made stays to the end: no garbage collection need walk it again."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Among workers a file of small tests stays together, because its fixtures are costly; whole commands go one by one
+    to whoever is free. (Marks of `xdist_group` would say the same, but xdist 3.8 loses them with pytest 9.2.)"""
+    if config.getvalue("dist") != "loadgroup":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0]
+            return nodeid if "e2e" in file.split("/") else file
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,8 @@ import torch
 from vggrpo.evaluation.metrics.features import Sift
 from vggrpo.evaluation.metrics.pose import decompose, relative_pose
 from vggrpo.evaluation.metrics.two_view import fit_fundamental
+from vggrpo.geometry import rotation_angle
+from vggrpo.world import sample_batch
 from vggrpo.world.render import SceneTensors, camera_rays, cast, shade
 from vggrpo.world.scene import sample_scene
 
@@ -65,3 +67,25 @@ def test_rotations_are_within_half_a_degree_on_four_pairs_of_five():
           f"{unconstrained:.0%} of F alone")  # fmt: skip
     assert share >= 0.8
     assert unconstrained >= 0.6
+
+
+def test_textures_let_magsac_recover_the_rotation() -> None:
+    errors = []
+    for move in ("truck_left", "orbit_right", "dolly_in"):
+        static = [s for s in range(20) if not sample_scene(s, num_frames=3, camera=move).moves.any()][:2]
+        w = sample_batch(static, num_frames=3, size=(256, 256), shake="smooth", camera=move, supersample=1)
+        for clip in range(len(static)):
+            grey = (w.video[clip].mean(0) * 255).round().byte().numpy()
+            sift = Sift(800)
+            features = [sift.detect(frame) for frame in grey]
+            for i, j in ((0, 1), (1, 2)):
+                relative = torch.linalg.inv(w.cam2world[clip, j]) @ w.cam2world[clip, i]
+                if relative[:3, 3].norm() < 0.05 * w.depth[clip].median():
+                    continue
+                first, second = (p + 0.5 for p in sift.match(features[i], features[j]))
+                camera = w.intrinsics[clip, i].double().numpy()
+                essential, mask = cv2.findEssentialMat(first, second, camera, cv2.USAC_MAGSAC, 0.999, 1.0)
+                rotation = cv2.recoverPose(essential[:3], first, second, camera, mask=mask)[1]
+                turn = torch.from_numpy(rotation) @ relative[:3, :3].double().T
+                errors.append(torch.rad2deg(rotation_angle(turn)).item())
+    assert len(errors) >= 8 and np.mean(np.array(errors) < 1.0) >= 0.8, errors

@@ -74,8 +74,8 @@ def test_generate_refuses_a_reward_that_nothing_asks_for(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "command",
-    [["demo"], ["audit-reward"], ["analyze-lgm"], ["world", "pretrain", "judge"], ["world", "sample"]],
-    ids=lambda words: words[-1],
+    [["demo"], ["audit-reward"], ["analyze-lgm", "--clips", "1"], ["world", "pretrain", "judge"], ["world", "sample"]],
+    ids=lambda words: words[1] if words[0] == "world" else words[0],
 )
 def test_an_output_that_is_a_file_is_refused_before_any_work(command, tmp_path, capsys):
     (tmp_path / "file").write_text("mine")

@@ -1,14 +1,13 @@
-"""Each metric: known answers and validity; then calibration on clips with known truth, where the *ranking* counts."""
+"""Each metric: known answers and validity; those of a judge rank clips with known truth."""
 
 from __future__ import annotations
 
 import functools
-from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
-from calibration_clips import Frames, blurred, hard_cut, ken_burns, rendered, still_with_noise, wobble
+from calibration_clips import Frames, rendered
 
 from vggrpo.errors import UserError
 from vggrpo.evaluation import METRICS, Clip, EvaluationModels, Measurement, evaluate_clip
@@ -147,49 +146,6 @@ def test_a_metric_that_raises_is_an_invalid_measurement(correct: list[Frames]) -
     assert not found["camera_travel"].valid
     assert found["sharpness"].valid
     assert Measurement.of(float("nan")).reason is not None
-
-
-# --- calibration: the ranking each metric gives to clips with known truth ---
-
-
-def test_inliers_and_error_rank_wobble(correct: list[Frames]) -> None:
-    levels = [correct, [wobble(clip, 0.5) for clip in correct], [wobble(clip, 1) for clip in correct]]
-    levels.append([wobble(clip, 4) for clip in correct])
-    inliers = [mean(clips, "epipolar_inliers") for clips in levels]
-    errors = [mean(clips, "epipolar_error") for clips in levels]
-    cycles = [mean(clips, "flow_cycle") for clips in levels]
-    assert inliers[0] > 0.8 and all(a > b + 0.03 for a, b in pairwise(inliers)), inliers
-    assert all(a < b for a, b in pairwise(errors)), errors
-    assert all(a < b for a, b in pairwise(cycles)), cycles
-
-
-def test_a_still_clip_has_no_epipolar_geometry(correct: list[Frames]) -> None:
-    for clip in correct:
-        found = evaluate_clip(Clip(still_with_noise(clip), 8), CLASSICAL)
-        assert not found["epipolar_inliers"].valid and "still" in str(found["epipolar_inliers"].reason)
-        assert not found["flow_cycle"].valid
-        moving = evaluate_clip(Clip(clip, 8), CLASSICAL)
-        for name in ("motion_flow", "ssim_change", "epipolar_displacement"):
-            assert found[name].value < 0.3 * moving[name].value, name  # type: ignore[operator]
-
-
-def test_blur_does_not_look_better_than_correct_geometry(correct: list[Frames]) -> None:
-    soft = [blurred(clip) for clip in correct]
-    assert mean(soft, "epipolar_inliers") <= mean(correct, "epipolar_inliers")
-    assert mean(soft, "epipolar_matches") < 0.5 * mean(correct, "epipolar_matches")
-    assert mean(soft, "sharpness") < 0.2 * mean(correct, "sharpness")
-
-
-def test_a_flat_zoom_is_exposed_by_the_homography_gap(correct: list[Frames]) -> None:
-    flat = [ken_burns(clip) for clip in correct]
-    assert mean(flat, "epipolar_inliers") > mean(correct, "epipolar_inliers") - 0.1  # it cheats the score ...
-    assert mean(flat, "epipolar_homography_gap") < 0.6 * mean(correct, "epipolar_homography_gap")  # ... and is seen
-
-
-def test_a_hard_cut_ranks_below(correct: list[Frames]) -> None:
-    cut = [hard_cut(first, second) for first, second in zip(correct, correct[1:] + correct[:1], strict=True)]
-    assert mean(cut, "epipolar_inliers") < mean(correct, "epipolar_inliers") - 0.2
-    assert mean(cut, "flow_cycle") > mean(correct, "flow_cycle")
 
 
 @functools.cache

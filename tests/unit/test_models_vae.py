@@ -1,4 +1,4 @@
-"""The image autoencoder: the pretrained one reconstructs real frames; damaged and foreign files are refused."""
+"""The image autoencoder: frames by themselves; damaged and foreign files are refused."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import pytest
 import torch
 
 from vggrpo.errors import UserError
-from vggrpo.io.video import read_video
-from vggrpo.lgm.clips import fit_frame
 from vggrpo.models.vae import VAE, ImageVAE, weights_hash
 from vggrpo.models.wan import WanVideoModel
 
@@ -15,18 +13,6 @@ from vggrpo.models.wan import WanVideoModel
 def save(vae, folder):
     for part in ("encoder", "decoder"):
         torch.save(getattr(vae, part).state_dict(), folder / f"tiny_{part}.pth")
-
-
-def test_pretrained_weights_reconstruct_real_frames(shared_dir):
-    vae = ImageVAE.from_pretrained(shared_dir / "data" / "autoencoder")
-    frames, _ = read_video(shared_dir / "data" / "videos" / "dog-example.mp4", 5)
-    video = torch.stack([torch.from_numpy(fit_frame(frame, (176, 320))) for frame in frames[::4]])
-    video = video.permute(3, 0, 1, 2)[None].float() / 255
-    with torch.no_grad():
-        latents = vae.encode_video(video)
-        back = vae.decode(latents)
-    assert latents.shape == (1, 32, 2, 22, 40) and 0.5 < latents.std() < 1.5
-    assert -10 * torch.log10((back - video).square().mean()) > 24  # dB; an untrained one has about 5
 
 
 def test_frames_are_encoded_by_themselves(tmp_path):

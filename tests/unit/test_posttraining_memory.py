@@ -139,14 +139,6 @@ def test_the_size_is_found_once_and_given_numbers_are_taken(monkeypatch):
     assert MicroBatch(32).run(4, CPU, lambda size: size) == 32
 
 
-def test_a_run_finds_its_sizes_and_keeps_them_at_resume(tiny_wan_dir, tmp_path, monkeypatch):
-    train(tiny_wan_dir, tmp_path / "whole", AUTO, updates=2)
-    train(tiny_wan_dir, tmp_path / "parts", AUTO, updates=1)
-    memory_for(monkeypatch, items=0)
-    train(tiny_wan_dir, tmp_path / "parts", AUTO, updates=2)
-    assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
-
-
 def test_items_cost_what_the_account_says(tiny_wan_dir, tmp_path):
     model = WanVideoModel.from_pretrained(tiny_wan_dir)
     config = config_for(tiny_wan_dir, tmp_path, AUTO)

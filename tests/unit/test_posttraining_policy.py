@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import types
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_posttraining_trainer import PROMPTS, adapter, assert_same_run, config_for, fake_lgm, rows
+from test_posttraining_trainer import config_for, rows
 from test_posttraining_trainer import train as run
 
 from vggrpo.checkpoint import load_latest
 from vggrpo.config import load_config
 from vggrpo.distributed import Processes
 from vggrpo.errors import UserError
-from vggrpo.models.lora import load_tuned
 from vggrpo.models.wan import WanVideoModel
-from vggrpo.posttraining import clipped_policy_loss, gaussian_kl, train
+from vggrpo.posttraining import clipped_policy_loss, gaussian_kl
 from vggrpo.posttraining.conditions import Conditions
 from vggrpo.posttraining.policy import Policy
 from vggrpo.posttraining.watch import MEMORY, MotionWatch
@@ -54,25 +52,6 @@ def test_the_reference_is_the_model_at_the_start(tiny_wan_dir, tmp_path, overrid
     assert not torch.allclose(tuned, plain.predict_velocity(x, t, text), atol=1e-6)
 
 
-def test_full_fine_tuning_resumes_bit_for_bit_and_exports_a_transformer(tiny_wan_dir, tmp_path):
-    from diffusers import WanTransformer3DModel
-
-    run(tiny_wan_dir, tmp_path / "whole", FULL, updates=2)
-    run(tiny_wan_dir, tmp_path / "parts", FULL, updates=1)
-    exported = run(tiny_wan_dir, tmp_path / "parts", FULL, updates=2)
-    assert rows(tmp_path / "whole") == rows(tmp_path / "parts")
-    assert rows(tmp_path / "whole")[1]["kl"] > 0  # the copy of the first weights is the reference
-    loaded = WanTransformer3DModel.from_pretrained(str(exported)).state_dict()
-    last = load_latest(tmp_path / "whole" / "checkpoints").tensors["adapter"]
-    assert all(torch.equal(last[name], loaded[name]) for name in loaded)
-    model = WanVideoModel.from_pretrained(tiny_wan_dir)
-    before = {name: value.clone() for name, value in model.transformer.state_dict().items()}
-    load_tuned(model.transformer, exported)  # as `vggrpo generate --lora` does
-    assert all(torch.equal(value, loaded[name]) for name, value in model.transformer.state_dict().items())
-    assert "WanTransformer3DModel.from_pretrained" in (exported / "README.md").read_text()
-    assert sum(not torch.equal(before[name], loaded[name]) for name in loaded) > len(loaded) / 2
-
-
 def test_full_fine_tuning_in_bfloat16_keeps_float32_weights(tiny_wan_dir, tmp_path):
     run(tiny_wan_dir, tmp_path, [*FULL, "model.dtype=bfloat16"], updates=1)
     assert rows(tmp_path)[0]["grad_norm"] > 0
@@ -97,13 +76,6 @@ def test_the_average_follows_its_formula_and_is_exported(tiny_wan_dir, tmp_path)
     assert any(torch.allclose(mean, value) for value in exported.values() for mean in expected if mean.any())
 
 
-def test_the_average_resumes_bit_for_bit(tiny_wan_dir, tmp_path):
-    for name, parts in (("whole", [2]), ("parts", [1, 2])):
-        for updates in parts:
-            run(tiny_wan_dir, tmp_path / name, ["optim.ema=0.9"], updates=updates)
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
-
-
 def test_a_guarded_ratio_is_the_noise_times_the_shift():
     """log ratio + shift = eps . (mu - mu_old) / std on average, so times std it no longer depends on the step."""
     torch.manual_seed(0)
@@ -123,27 +95,6 @@ def test_a_guarded_run_starts_at_ratio_one(tiny_wan_dir, tmp_path):
     run(tiny_wan_dir, tmp_path, ["grpo.ratio_norm=true"])
     assert rows(tmp_path)[0]["grad_norm"] > 0
     assert all(abs(row["ratio"] - 1) < 1e-2 for row in rows(tmp_path))
-
-
-def test_prompts_are_encoded_once_and_the_encoder_is_not_loaded_again(tiny_wan_dir, tmp_path, monkeypatch):
-    first = train(
-        config_for(tiny_wan_dir, tmp_path / "a", [f"data.cache={tmp_path / 'cache'}"]),
-        lgm=fake_lgm, prompts=PROMPTS, progress=False,
-    )  # fmt: skip
-    loaded = []
-    load = WanVideoModel.from_pretrained.__func__
-
-    def spy(cls, *arguments, load_text=True, load_vae=True, **options):
-        loaded.append((load_text, load_vae))
-        return load(cls, *arguments, load_text=load_text, load_vae=load_vae, **options)
-
-    monkeypatch.setattr(WanVideoModel, "from_pretrained", classmethod(spy))
-    second = train(
-        config_for(tiny_wan_dir, tmp_path / "b", [f"data.cache={tmp_path / 'cache'}"]),
-        lgm=fake_lgm, prompts=PROMPTS, progress=False,
-    )  # fmt: skip
-    assert loaded == [(False, False)] and first != second
-    assert_same_run(tmp_path / "a", tmp_path / "b")
 
 
 def test_cached_text_equals_the_encoder(tiny_wan_dir, tmp_path):
@@ -172,23 +123,6 @@ def test_a_standstill_is_warned_of(caplog):
     assert "camera travel fell to 20 %" in caplog.text and "moving pixels" not in caplog.text
 
 
-def test_validation_leaves_videos_and_numbers_and_changes_nothing(tiny_wan_dir, tmp_path):
-    (tmp_path / "prompts.txt").write_text("a red box\nblue\n")
-    options = [
-        "validation.every=1", f"validation.prompts={tmp_path / 'prompts.txt'}", "validation.num_steps=2",
-        "validation.videos=1",
-    ]  # fmt: skip
-    run(tiny_wan_dir, tmp_path / "a", options)
-    run(tiny_wan_dir, tmp_path / "b")
-    assert rows(tmp_path / "a") == rows(tmp_path / "b")
-    lines = [json.loads(line) for line in (tmp_path / "a" / "validation.jsonl").read_text().splitlines()]
-    assert [line["update"] for line in lines] == [0, 1, 2]
-    assert lines[0]["camera_travel"] == pytest.approx(lines[0]["camera_travel_base"])  # nothing is tuned yet
-    assert lines[2]["reward/camera_motion_smoothness"] != lines[0]["reward/camera_motion_smoothness"]
-    assert (tmp_path / "a" / "validation" / "000002" / "0.mp4").is_file()
-    assert "| quantity | after 0 updates | after 2 |" in (tmp_path / "a" / "lora" / "README.md").read_text()
-
-
 def test_videos_and_numbers_reach_every_tracker(tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -214,13 +148,6 @@ def test_videos_and_numbers_reach_every_tracker(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"vggrpo\[trackio\]"):
         monkeypatch.setitem(sys.modules, "trackio", None)
         Tracker(tmp_path / "other", total=1, progress=False, trackers=["trackio"])
-
-
-def test_a_smaller_micro_batch_resumes(tiny_wan_dir, tmp_path):
-    """It is what the message after running out of memory asks for."""
-    run(tiny_wan_dir, tmp_path, updates=1)
-    run(tiny_wan_dir, tmp_path, ["grpo.micro_batch=2", "sampling.micro_batch=3"], updates=2)
-    assert [row["update"] for row in rows(tmp_path)] == [0, 1] and adapter(tmp_path)
 
 
 def test_the_step_size_grows_over_the_first_updates(tiny_wan_dir, tmp_path):

@@ -1,5 +1,5 @@
-"""SFT, DPO, direct training and NFT on a random tiny pipeline: golden losses, bit-exact repeat and resume, what each
-prepares, and that each moves what it optimises.
+"""SFT, DPO, direct training and NFT on a random tiny pipeline: golden losses, what each prepares, and what it makes of
+clips that say nothing.
 
 `python tests/unit/test_posttraining_rivals.py` writes the golden numbers anew.
 """
@@ -20,15 +20,11 @@ from fake_lgm import fake_lgm
 from safetensors.torch import load_file
 from tiny_wan import save_tiny_wan
 
-from vggrpo.checkpoint import load_latest
 from vggrpo.config import load_config
 from vggrpo.errors import UserError
-from vggrpo.io.manifest import ManifestRow, write_manifest
-from vggrpo.io.video import write_video
 from vggrpo.models.wan import WanVideoModel
 from vggrpo.posttraining import pairs as pairs_module
 from vggrpo.posttraining import train
-from vggrpo.posttraining.clips import fitted_video
 from vggrpo.posttraining.pairs import choose_pair
 from vggrpo.posttraining.rgb_reader import RGBGeometry
 from vggrpo.rewards import camera_motion_smoothness
@@ -115,19 +111,6 @@ def test_a_signal_while_clips_are_made_stops_after_a_prompt_and_loses_nothing(ti
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_one_and_one_equal_two_bit_for_bit(tiny_wan_dir, done, tmp_path, algorithm):
-    run(algorithm, tiny_wan_dir, tmp_path, "updates=1")
-    run(algorithm, tiny_wan_dir, tmp_path, "updates=2")
-    assert rows(tmp_path) == rows(done / algorithm)
-    first, second = adapter(tmp_path), adapter(done / algorithm)
-    assert all(torch.equal(first[key], second[key]) for key in first | second)
-    states = [load_latest(Path(path) / "checkpoints").tensors["optimizer"]["state"]
-              for path in (tmp_path, done / algorithm)]  # fmt: skip
-    for index, moments in states[0].items():
-        assert all(torch.equal(moments[key], states[1][index][key]) for key in moments)
-
-
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_micro_batches_change_nothing_but_rounding(tiny_wan_dir, done, tmp_path, algorithm):
     run(algorithm, tiny_wan_dir, tmp_path, f"{algorithm}.micro_batch=1", "updates=1")
     assert rows(tmp_path)[0]["loss"] == pytest.approx(rows(done / algorithm)[0]["loss"], rel=1e-4)
@@ -147,39 +130,6 @@ def test_sft_keeps_the_best_of_each_prompts_candidates(done):
                 weight = 0.5 if "hinge" in name else 1.0
                 normalised += weight * (v - v.mean()) / (v.std(correction=0) + 1e-4)
         assert kept == sorted(normalised.argsort(descending=True)[:2].tolist())
-
-
-def test_sft_learns_the_clips_of_a_manifest(tiny_wan_dir, tmp_path):
-    generator = torch.Generator().manual_seed(0)
-    for number in range(3):
-        write_video(tmp_path / f"{number}.mp4", torch.rand(3, 14, 40, 48, generator=generator), 8)
-    write_manifest(tmp_path / "manifest.jsonl",
-                   [ManifestRow(f"{n}.mp4", PROMPTS[n], 0, 8.0, "real") for n in range(3)])  # fmt: skip
-    output = tmp_path / "out"
-    config = config_for("sft", tiny_wan_dir, output, [f"sft.videos={tmp_path}", "sft.keep=0.6", "updates=12",
-                                                      "optim.learning_rate=0.02", "save_every=12"])  # fmt: skip
-    train(config, lgm=fake_lgm, progress=False)
-    log = rows(output)
-    assert log[0]["clips"] == 2 and log[0]["videos"] == 0
-    losses = torch.tensor([row["loss"] for row in log])
-    assert losses[-4:].mean() < losses[:4].mean()
-    stored = load_file(next(iter(sorted((output / "clips").glob("clip-*.safetensors")))))["latents"]
-    video = fitted_video(tmp_path / "0.mp4", 13, (32, 32))
-    with torch.no_grad():
-        expected = WanVideoModel.from_pretrained(tiny_wan_dir).encode_video(video[None])[0]
-    torch.testing.assert_close(stored, expected)
-    with pytest.raises(UserError, match="no manifest"):
-        config = config_for("sft", tiny_wan_dir, tmp_path / "x", ["sft.videos=/nowhere"])
-        train(config, lgm=fake_lgm, progress=False)
-    with pytest.raises(UserError, match=r"num_frames is 17"):
-        fitted_video(tmp_path / "0.mp4", 17, (32, 32))
-
-
-def test_dpo_comes_to_prefer_the_winners(tiny_wan_dir, tmp_path):
-    run("dpo", tiny_wan_dir, tmp_path, "updates=8", "save_every=8", "optim.learning_rate=0.01")
-    log = rows(tmp_path)
-    assert log[0]["loss"] == pytest.approx(0.6931, abs=1e-4)  # the policy is the reference before the first step
-    assert log[-1]["preference_accuracy"] == 1.0 and log[-1]["loss"] < 0.5 and log[-1]["margin"] < 0
 
 
 @pytest.mark.parametrize("kind", ["epipolar", "geometry"])
@@ -234,24 +184,6 @@ def test_without_a_single_pair_the_run_says_why(tiny_wan_dir, tmp_path):
 
 def _still(latents):
     return fake_lgm(torch.zeros_like(latents))
-
-
-def test_direct_training_raises_the_reward(tiny_wan_dir, tmp_path):
-    run("direct", tiny_wan_dir, tmp_path, "updates=10", "save_every=10", "optim.learning_rate=0.02", "direct.kl=0",
-        "rewards={camera_motion_smoothness: 1}", "direct.samples_per_prompt=4")  # fmt: skip
-    values = [row["reward/camera_motion_smoothness"] for row in rows(tmp_path)]
-    assert sum(values[-3:]) > sum(values[:3])
-
-
-def test_the_kl_holds_direct_training_back(tiny_wan_dir, tmp_path):
-    for name, kl in (("free", 0.0), ("held", 100.0)):
-        run("direct", tiny_wan_dir, tmp_path / name, "updates=6", "save_every=6", "optim.learning_rate=0.02",
-            f"direct.kl={kl}")  # fmt: skip
-    size = {
-        name: sum(v.norm() for k, v in adapter(tmp_path / name).items() if "lora_B" in k) for name in ("free", "held")
-    }
-    assert size["held"] < size["free"]
-    assert rows(tmp_path / "held")[-1]["kl"] > 0 and rows(tmp_path / "free")[-1]["kl"] == 0
 
 
 def test_nft_with_an_averaged_old_policy_and_invalid_samples(tiny_wan_dir, tmp_path):

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import yaml
 from fake_lgm import fake_lgm
-from test_posttraining_trainer import PROMPTS, assert_same_run, config_for, rows, train
+from test_posttraining_trainer import PROMPTS, config_for, rows, train
 
 from vggrpo.checkpoint import load_latest
 from vggrpo.cli import main
@@ -69,15 +69,6 @@ def test_the_command_ends_well_and_says_why(tiny_wan_dir, tmp_path, monkeypatch,
         logging.getLogger("vggrpo").removeHandler(handler)
     assert load_latest(tmp_path / "run" / "checkpoints").step == 2
     assert capfd.readouterr().err.count("stopped after update 2 of 4: the KL to the base model is") == 1
-
-
-def test_a_resumed_run_ends_where_the_whole_one_does(tiny_wan_dir, tmp_path):
-    rule = ["stop.kl_above=1e-12", "stop.memory=3"]
-    train(tiny_wan_dir, tmp_path / "whole", rule, updates=5)
-    for updates in (1, 2, 5):
-        train(tiny_wan_dir, tmp_path / "parts", rule, updates=updates)
-    assert load_latest(tmp_path / "parts" / "checkpoints").step == 3
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
 def test_seconds_end_a_run(tiny_wan_dir, tmp_path, caplog):

@@ -7,6 +7,7 @@ balanced: see the README beside it.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -65,7 +66,7 @@ def load_prompt_set(source: str) -> list[BenchmarkPrompt]:
         UserError: when there is no such set or file, or it holds no prompt.
     """
     if source in WORLD:
-        return _world(source.removeprefix("world-"))
+        return list(_world(source.removeprefix("world-")))
     if source in SHIPPED:
         return _from_lines(str(files(__name__) / f"{source}.txt"))
     if not Path(source).exists():
@@ -94,7 +95,8 @@ def _from_json(path: Path) -> list[BenchmarkPrompt]:
     return [_tagged(str(r["prompt_en"]), [f"dimension:{name}" for name in r.get("dimension") or ()]) for r in rows]
 
 
-def _world(kind: str) -> list[BenchmarkPrompt]:
+@functools.cache  # a second of drawing, asked for by every table of a reproduction
+def _world(kind: str) -> tuple[BenchmarkPrompt, ...]:
     """Captions of the embedded world that its models never saw, half of the draw moves."""
     from vggrpo.world import caption_to_attributes, sample_prompts
 
@@ -104,7 +106,7 @@ def _world(kind: str) -> list[BenchmarkPrompt]:
         moving = any(thing["motion"] for thing in attributes["objects"])
         if moving == (kind == "dynamic"):
             prompts.append(_tagged(text, (kind,)))
-    return prompts[:WORLD_PROMPTS]
+    return tuple(prompts[:WORLD_PROMPTS])
 
 
 def _tagged(text: str, tags: Iterable[str]) -> BenchmarkPrompt:

@@ -3,9 +3,14 @@ mean of the last latent frame. (SFT only imitates clips that were chosen by it.)
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from fake_lgm import fake_lgm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
 from test_posttraining_rivals import PROMPTS, config_for
 
 from vggrpo.models.lora import load_tuned
@@ -14,6 +19,8 @@ from vggrpo.posttraining import train
 from vggrpo.rewards import registry
 from vggrpo.rewards.base import Reward
 from vggrpo.sampling import ode_sample
+
+pytestmark = pytest.mark.e2e
 
 
 def to_the_right(prediction, *, context=None, **options):

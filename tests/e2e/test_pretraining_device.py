@@ -19,6 +19,8 @@ from vggrpo.pretraining.loop import Schedule, step_generator
 from vggrpo.pretraining.matching import image_motion
 from vggrpo.world.perturb import wobble
 
+pytestmark = pytest.mark.e2e
+
 CLIPS = 4
 SMALL = VGGTConfig(
     dim=32, heads=4, conv_layers=2, pairs=2, registers=1, stem_blocks=1, stem_displacement=True, hooks=(1, 2),
