@@ -3,11 +3,13 @@
 DIR/base, DIR/tuned            videos and manifest (with tags such as static, dynamic, camera:orbit_left)
 DIR/eval/base, DIR/eval/tuned  metrics of every video
 DIR/comparison.md, .json       the paired statistics; DIR/summary.json the short form
+DIR/train, DIR/audit.json      log and config of the run that the LoRA lies in, audit of the LGM
 DIR/report/index.html          all of it to look at; DIR/benchmark.yaml what was asked for
 """
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +18,8 @@ from typing import Any
 
 import yaml
 
+from vggrpo import assets
+from vggrpo.config import EMBEDDED, load_config
 from vggrpo.config_benchmark import BenchmarkConfig, benchmark_difference, dump_benchmark_config
 from vggrpo.errors import UserError
 from vggrpo.evaluation.arms import compare_quality
@@ -32,6 +36,7 @@ from vggrpo.io.atomic import atomic_write, atomic_write_json, ensure_directory
 from vggrpo.io.manifest import read_manifest, write_manifest
 from vggrpo.io.video import read_video
 from vggrpo.models.loading import pick_device
+from vggrpo.rewards.registry import audited_options
 from vggrpo.sampling.generate import generate_videos
 
 ARMS = ("base", "tuned")
@@ -73,6 +78,7 @@ def run_benchmark(
                 f"no LoRA at {needed}; train one first (`vggrpo train`), or name another with tuned_lora=..."
             )
     folder = _prepare(config)
+    options = _keep_evidence(config, folder)
     began = time.time()
     for arm, lora in zip(ARMS, (config.base_lora, config.tuned_lora), strict=True):
         say(f"{arm} model: {len(prompts)} prompts x {len(config.seeds)} seeds")
@@ -84,7 +90,7 @@ def run_benchmark(
             manifest, folder / "eval" / arm, config.metrics, workers=config.workers, models=models, progress=progress
         )
         if config.lgm is not None:
-            score_latents(folder, arm, config.lgm, device)
+            score_latents(folder, arm, config.lgm, device, options)
         elif any("judge" in metric.needs for metric in select(config.metrics)):
             _judge_scenes(folder, arm, models)
     say("comparison and report")
@@ -106,6 +112,26 @@ def _prepare(config: BenchmarkConfig) -> Path:
         raise UserError(f"{folder} is not empty and holds no benchmark; name another output=...")
     atomic_write(kept, dump_benchmark_config(config))
     return folder
+
+
+def _keep_evidence(config: BenchmarkConfig, folder: Path) -> dict[str, dict[str, Any]] | None:
+    """Copies for the report: log and config of the run that made the tuned LoRA, where it lies in one, and the audit of
+    the LGM. Returns the options of the rewards as that training saw them."""
+    if config.lgm is not None:
+        audit = (assets.path("lgm") if config.lgm == EMBEDDED else Path(config.lgm)) / "audit.json"
+        if audit.is_file():
+            shutil.copyfile(audit, folder / "audit.json")
+    run = Path(config.tuned_lora).resolve().parent
+    log, settings = run / "log.jsonl", run / "config.yaml"
+    if not (log.is_file() and settings.is_file()):
+        return None
+    try:
+        options = audited_options(load_config(settings).rewards)
+    except UserError:  # of another trainer, or another version
+        return None
+    for file in (log, settings):
+        shutil.copyfile(file, ensure_directory(folder / "train") / file.name)
+    return options
 
 
 def _generate(
