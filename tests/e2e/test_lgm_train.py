@@ -50,7 +50,7 @@ def test_two_processes_equal_one(tmp_path):
     write_videos(tmp_path / "videos", 6)
     teacher().save_pretrained(tmp_path / "vggt")
     code = (
-        f"import sys; sys.path[:0] = [{str(UNIT)!r}]\n"
+        f"import sys; sys.path[:0] = [{str(UNIT)!r}, {str(Path(__file__).parent)!r}]\n"
         "import test_lgm_training as t\nfrom pathlib import Path\n"
         f"root = Path({str(tmp_path)!r})\n"
         "t.train(root, sys.argv[1], f'cache={root / (sys.argv[1] + \"-cache\")}', 'stitch.layers=[0]')\n"

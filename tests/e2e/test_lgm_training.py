@@ -6,10 +6,14 @@ import json
 import os
 import shutil
 import signal
+import sys
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
 from lgm_material import FRAMES, SIZE, BlockVAE, teacher, write_videos
 from safetensors.torch import load_file, save_file
 
@@ -23,6 +27,8 @@ from vggrpo.lgm.losses import distillation_loss
 from vggrpo.lgm.search import StitchFit, load_fit, save_fit
 from vggrpo.lgm.training import draw_batch, warmup_cosine
 from vggrpo.pretraining import distill
+
+pytestmark = pytest.mark.e2e
 
 
 @pytest.fixture(scope="module")
