@@ -13,7 +13,7 @@ from vggrpo.cli import main
 from vggrpo.errors import UserError
 from vggrpo.reproduce import TABLES, Settings, cells, lgms
 from vggrpo.reproduce import plan as plan_module
-from vggrpo.reproduce.cells import arm_named, same_latents, trained
+from vggrpo.reproduce.cells import arm_named, same_latents, seeds_check, trained
 from vggrpo.reproduce.lgms import audited_lgm, lgm_config
 from vggrpo.reproduce.plan import Costs, budget, plan_lines
 from vggrpo.reproduce.recipes import equal_budget
@@ -84,6 +84,11 @@ def test_rivals_of_equal_seconds_train_as_long_as_vggrpo(tmp_path, monkeypatch):
     assert said == ["train vggrpo, seed 2", "train sft-seconds, seed 2"]
     for arm in TABLES["main-seconds"].arms:
         assert arm.name == "vggrpo" or arm.seconds_of == "vggrpo"
+
+
+def test_one_training_run_is_no_claim_about_a_method():
+    assert seeds_check(3)[0] and not seeds_check(1)[0]
+    assert seeds_check(1)[1] == "training seeds: 1; a claim needs 3"
 
 
 def test_equal_latents_are_equal_bit_for_bit(tmp_path):

@@ -33,6 +33,7 @@ from vggrpo.sampling.steering import Steering
 Row = dict[str, Any]
 Say = Callable[[str], None]
 GUIDING = {"camera_motion_smoothness": 1.0, "geometry_reprojection_consistency": 1.0}
+FEWEST_SEEDS = 3  # training runs that a claim about a method takes
 BASE = Arm("base", "the untouched model")
 
 
@@ -146,6 +147,8 @@ def compared(
     manifests = [joined_manifest(sets, name, folder) for name in ("base-s0", f"{arm.name}-s0")]
     kernel = compare_quality(manifests[0], manifests[1], reference=8 if settings.quick else 96)
     judged = verdict(comparison, kernel)
+    if arm.train is not None or arm.lora_of:
+        judged.checks["training seeds"] = seeds_check(len(runs))
     row: dict[str, Any] = {
         "metrics": summarise_comparison(comparison, kernel),
         "motion_ratio": comparison.motion_ratio,
@@ -156,6 +159,11 @@ def compared(
     if arm.guidance is not None:
         row["equal_to_base"] = same_latents(manifests[0], manifests[1])
     return row
+
+
+def seeds_check(seeds: int) -> tuple[bool, str]:
+    """Whether a difference is one of a method, or of one training run."""
+    return seeds >= FEWEST_SEEDS, f"training seeds: {seeds}; a claim needs {FEWEST_SEEDS}"
 
 
 def same_latents(first: Path, second: Path) -> bool:
