@@ -9,7 +9,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, model_validator
 
-from vggrpo.config import EMBEDDED, Section, flatten_config, load_section
+from vggrpo.config import EMBEDDED, Section
+from vggrpo.config_loading import flatten_config, load_section
 
 # What may change when a benchmark goes on: where and how fast it runs, and what is measured, not what is generated.
 RESUMABLE_BENCHMARK = frozenset({

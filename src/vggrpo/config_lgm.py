@@ -9,7 +9,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, field_validator, model_validator
 
-from vggrpo.config import EMBEDDED, Section, flatten_config, load_section
+from vggrpo.config import EMBEDDED, Section
+from vggrpo.config_loading import flatten_config, load_section
 from vggrpo.errors import UserError
 
 # What may change when a run goes on: it decides how long a run is and where it writes, not what is trained.
