@@ -13,7 +13,7 @@ At the end each card.json gets the numbers that `vggrpo world pretrain` writes, 
 
 In small, on a CPU, as tests/e2e/test_pretrain_in_time.py runs it:
 
-    python benchmarks/pretrain_gpu.py --output /tmp/gpu --seconds 20 --device cpu --clips 8 --steps 1 --generated 2
+    python benchmarks/pretrain_gpu.py --output runs/gpu-try --seconds 20 --device cpu --clips 8 --steps 1 --generated 2
 
 Written for CUDA and checked on the CPU and with a pretended device (tests/pretend_device.py); not yet run on a GPU.
 """

@@ -24,7 +24,7 @@ from rich.table import Table
 from torch import Tensor
 
 from vggrpo import assets
-from vggrpo.evaluation.audit_page import write_audit_page
+from vggrpo.evaluation.audit_page import Terms, write_audit_page
 from vggrpo.evaluation.statistics import spearman, within_group_spearman
 from vggrpo.geometry import GeometryPrediction
 from vggrpo.io.atomic import atomic_write_json, ensure_directory
@@ -110,13 +110,10 @@ def audit_reward(
     return result
 
 
-_Terms = Mapping[str, Tensor]
-
-
 def _answers(
     who: str,
-    rendered: Mapping[str, Mapping[str, _Terms]],
-    generated: Mapping[str, _Terms],
+    rendered: Mapping[str, Mapping[str, Terms]],
+    generated: Mapping[str, Terms],
     groups: list[int],
 ) -> dict[str, Any]:
     """The three questions, put to `who`."""

@@ -107,9 +107,7 @@ def pretrain(
     return output / name
 
 
-def render(
-    output: Path, shards: int, device: torch.device, heldout_shards: int = HELDOUT_SHARDS
-) -> tuple[list[Path], list[Path]]:
+def render(output: Path, shards: int, device: torch.device) -> tuple[list[Path], list[Path]]:
     """Render what is missing of the training and the held-out clips."""
     from vggrpo.pretraining.data import HELDOUT_SEED, render_shard, scene_drawer
 
@@ -119,7 +117,7 @@ def render(
             [render_shard(train, i, device=device, draw=draw) for i in range(shards)],
             [
                 render_shard(heldout, i, split=None, first_seed=HELDOUT_SEED, device=device, draw=draw)
-                for i in range(heldout_shards)
+                for i in range(HELDOUT_SHARDS)
             ],
         )
 

@@ -26,7 +26,7 @@ from vggrpo.posttraining import train
 from vggrpo.reproduce.cells import BASE, Row, Say, measured, measured_with, paired, pooled
 from vggrpo.reproduce.curves import draw_hacking
 from vggrpo.reproduce.recipes import FAR, Arm
-from vggrpo.reproduce.results import difference_cell, footer, number_cell
+from vggrpo.reproduce.results import difference_cell, footer, number_cell, quick_note
 from vggrpo.reproduce.settings import Settings, arm_config, run_logs
 
 SETS = ("world-static", "world-dynamic")
@@ -218,9 +218,7 @@ def first_to_see(found: Mapping[str, Any]) -> list[str]:
 
 
 def _markdown(result: Mapping[str, Any]) -> str:
-    lines = [f"# {result['title']}", "", "![curves](hacking.png)", ""]
-    if result["settings"]["quick"]:
-        lines += ["**A quick run: it shows that the recipe works, and nothing else.**", ""]
+    lines = [f"# {result['title']}", "", "![curves](hacking.png)", "", *quick_note(result)]
     for arm, found in result["hacking"].items():
         lines += [f"## {arm}: {found['about']}", "", _verdict(found), ""]
         lines += ["| watch | calls at | first call, updates |", "|---|---|---|"]

@@ -48,9 +48,7 @@ def write_results(folder: Path, name: str, result: Mapping[str, Any]) -> Path:
 
 def _markdown(result: Mapping[str, Any], picture: str) -> str:
     lines = [f"# {result['title']}", "", f"The paper: {result['claim']}", ""]
-    if result["settings"]["quick"]:
-        lines += ["**A quick run: it shows that the recipe works, and nothing else.**", ""]
-    lines += [f"![differences]({picture})", ""]
+    lines += [*quick_note(result), f"![differences]({picture})", ""]
     for prompt_set, rows in result["sets"].items():
         names = [name for name in SHOWN if any(name in row["metrics"] for row in rows.values())]
         first = next(iter(rows.values()))
@@ -118,8 +116,7 @@ def _lgms(arms: Mapping[str, Any]) -> list[str]:
 def study_page(folder: Path, name: str, result: Mapping[str, Any], lines: Sequence[str]) -> Path:
     """Write `NAME.json` and `NAME.md` of a study whose tables are `lines`; returns the Markdown."""
     atomic_write_json(folder / f"{name}.json", dict(result))
-    quick = ["**A quick run: it shows that the recipe works, and nothing else.**", ""]
-    head = [f"# {result['title']}", "", *(quick if result["settings"]["quick"] else [])]
+    head = [f"# {result['title']}", "", *quick_note(result)]
     return atomic_write(folder / f"{name}.md", "\n".join([*head, *lines, *footer(result)[2:]]) + "\n")
 
 
@@ -148,6 +145,13 @@ def _noise_table(noise: Mapping[str, Any], reference: str) -> list[str]:
         lines += [f"| {level:g} | " + " | ".join(pairs) + " |"]
     better = [number_cell(noise["lgm_better_from"][name]) for name in names]
     return [*lines, "| LGM better from | " + " | ".join(better) + " |", ""]
+
+
+def quick_note(result: Mapping[str, Any]) -> list[str]:
+    """What a page of the smallest sizes has to say of itself."""
+    if not result["settings"]["quick"]:
+        return []
+    return ["**A quick run: it shows that the recipe works, and nothing else.**", ""]
 
 
 def footer(result: Mapping[str, Any]) -> list[str]:
