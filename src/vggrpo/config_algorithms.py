@@ -123,7 +123,10 @@ class DPOConfig(Section):
     """What makes a clip the better one: the Sampson error of matches (as Epipolar-DPO), dense reprojection by an RGB
     geometry model (as VideoGPA), or the configured rewards read from latents."""
     candidates: int = Field(default=4, ge=2)
-    """Clips of the base model per prompt; the best and the worst make a pair."""
+    """Clips of the base model per prompt, sampled with `sampling.guidance_scale`."""
+    pairs_per_prompt: int = Field(default=1, ge=1)
+    """Pairs at most: the best and the worst candidate, the second best and the second worst, and so on. More pairs are
+    fitted by heart later."""
     min_gap: float = Field(default=0.1, ge=0, lt=1)
     """A pair counts if the better error is smaller by at least this share of the worse one (`latent`: if the mean
     normalised rewards differ by more than this)."""

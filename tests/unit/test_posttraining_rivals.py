@@ -25,7 +25,7 @@ from vggrpo.errors import UserError
 from vggrpo.models.wan import WanVideoModel
 from vggrpo.posttraining import pairs as pairs_module
 from vggrpo.posttraining import train
-from vggrpo.posttraining.pairs import choose_pair
+from vggrpo.posttraining.pairs import choose_pairs
 from vggrpo.posttraining.rgb_reader import RGBGeometry
 from vggrpo.rewards import camera_motion_smoothness
 
@@ -144,10 +144,11 @@ def test_pairs_from_frames(tiny_wan_dir, tmp_path, kind, monkeypatch):
     notes = [json.loads(file.read_text()) for file in sorted((tmp_path / "clips").glob("prompt-*.json"))]
     model = WanVideoModel.from_pretrained(tiny_wan_dir)
     for note in notes:
-        assert note["winner"] == min(range(3), key=note["errors"].__getitem__)
-        assert note["loser"] == max(range(3), key=note["errors"].__getitem__)
+        (pair,) = note["pairs"]
+        assert pair["winner"] == min(range(3), key=note["errors"].__getitem__)
+        assert pair["loser"] == max(range(3), key=note["errors"].__getitem__)
         if kind == "epipolar":
-            stored = load_file(tmp_path / "clips" / note["file"])
+            stored = load_file(tmp_path / "clips" / pair["file"])
             frames = {name: model.decode(latent[None]).mean() for name, latent in stored.items()}
             assert frames["winner"] < frames["loser"]
 
@@ -161,18 +162,21 @@ def _measured(value):
 @pytest.mark.parametrize(
     ("errors", "motion", "options", "expected"),
     [
-        ([3.0, 1.0, 2.0], [1, 1, 1], {}, (1, 0)),
-        ([3.0, 1.0, 2.0], [1, 0.1, 1], {}, (2, 0)),  # the still clip does not win
-        ([3.0, float("nan"), 2.0], [1, 1, 1], {}, (2, 0)),
+        ([3.0, 1.0, 2.0], [1, 1, 1], {}, [(1, 0)]),
+        ([3.0, 1.0, 2.0], [1, 0.1, 1], {}, [(2, 0)]),  # the still clip does not win
+        ([3.0, float("nan"), 2.0], [1, 1, 1], {}, [(2, 0)]),
+        ([3.0, 1.0, 2.0, 4.0, 2.5], [1] * 5, {"count": 2}, [(1, 3), (2, 0)]),
+        ([3.0, 1.0, 2.0], [1, 1, 1], {"count": 9}, [(1, 0)]),  # nothing is paired with itself, or twice
+        ([2.05, 1.0, 2.0, 4.0], [1] * 4, {"count": 2}, [(1, 3)]),  # the second pair is too close
         ([3.0, 2.9, float("nan")], [1, 1, 1], {}, "differ"),
         ([3.0, float("nan"), float("nan")], [1, 1, 1], {}, "1 of 3 candidates could be measured"),
         ([3.0, 1.0, 2.0], [10, 1, 1], {"min_motion": 2}, "move enough"),
         ([1.0, 1.0], [1, 1], {"min_gap": 0.0}, "differ"),
-        ([0.5, -0.5], [1, 1], {"relative": False, "min_gap": 0.9}, (1, 0)),
+        ([0.5, -0.5], [1, 1], {"relative": False, "min_gap": 0.9}, [(1, 0)]),
     ],
 )
-def test_choice_of_a_pair(errors, motion, options, expected):
-    found = choose_pair(torch.tensor(errors), torch.tensor(motion, dtype=torch.float32),
+def test_choice_of_pairs(errors, motion, options, expected):
+    found = choose_pairs(torch.tensor(errors), torch.tensor(motion, dtype=torch.float32),
                         **{"min_gap": 0.1, "min_motion": 0.5} | options)  # fmt: skip
     assert (expected in found) if isinstance(expected, str) else found == expected
 

@@ -143,5 +143,8 @@ def test_bad_requests_are_refused_before_any_work(tmp_path):
     check_settings(tmp_path / "settings.json", Settings(seeds=1))  # nothing was made with 2
     check_settings(tmp_path / "settings.json", Settings(seeds=2))
     (tmp_path / "runs").mkdir()
-    with pytest.raises(UserError, match="seeds 2, not 3"):
-        reproduce(["main"], tmp_path)
+    with pytest.raises(UserError, match="prompts 96, not 8"):
+        reproduce(["main"], tmp_path, Settings(seeds=2, prompts=8))
+    check_settings(tmp_path / "settings.json", Settings(seeds=3))  # a seed is a run of its own
+    with pytest.raises(UserError, match="seeds 3, not 2"):
+        reproduce(["main"], tmp_path, Settings(seeds=2))

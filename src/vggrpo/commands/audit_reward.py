@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from vggrpo.commands.arguments import START_AGAIN, Subparsers, at_least, image_size, seed
+from vggrpo.commands.arguments import START_AGAIN, Subparsers, add_device, at_least, image_size, seed
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -29,6 +29,7 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--recipe", default="tiny", help="training recipe whose reward options are asked about (default: %(default)s)"
     )
+    add_device(parser)
     parser.set_defaults(run=run, resume=START_AGAIN)
 
 
@@ -36,6 +37,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Audit; the function prints its table and writes it."""
     from vggrpo.config import load_config
     from vggrpo.evaluation.audit import audit_reward
+    from vggrpo.models.loading import pick_device
     from vggrpo.rewards.registry import audited_options
 
     audit_reward(
@@ -48,4 +50,5 @@ def run(arguments: argparse.Namespace) -> None:
         num_frames=arguments.frames,
         size=arguments.size,
         options=audited_options(load_config(arguments.recipe).rewards),
+        device=pick_device(arguments.device),
     )

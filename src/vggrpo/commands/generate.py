@@ -8,6 +8,7 @@ from pathlib import Path
 from vggrpo.commands.arguments import (
     GO_ON,
     Subparsers,
+    add_device,
     at_least,
     frame_rate,
     guidance_scale,
@@ -53,7 +54,7 @@ def add_parser(subparsers: Subparsers) -> None:
         "--fps", type=frame_rate, default=8.0, help="frames a second in the file (default: %(default)s)"
     )
     parser.add_argument("--batch", type=at_least(1), default=8, help="videos at once (default: %(default)s)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: %(default)s)")
+    add_device(parser)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
     _add_steering(parser)
     parser.set_defaults(run=run, resume=GO_ON)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from vggrpo.commands.arguments import START_AGAIN, Subparsers, at_least
+from vggrpo.commands.arguments import START_AGAIN, Subparsers, add_device, at_least
 
 EMBEDDED_SIDE, LONG_SIDE = 64, 592  # what they were trained at; 592 is 37 patches of 16, or 518 pixels in patches of 14
 
@@ -33,7 +33,7 @@ def add_parser(subparsers: Subparsers) -> None:
         "--long-side", type=at_least(16), metavar="PIXELS",
         help=f"a larger video is scaled down to it (default: {LONG_SIDE}; {EMBEDDED_SIDE} for the embedded models)",
     )  # fmt: skip
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: %(default)s)")
+    add_device(parser)
     parser.add_argument("--view", action="store_true", help="then show it live in the browser (needs vggrpo[view])")
     parser.add_argument("--port", type=at_least(1, most=65535), default=8080, help="of --view (default: %(default)s)")
     parser.set_defaults(run=run, resume=START_AGAIN)

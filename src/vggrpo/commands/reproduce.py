@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from vggrpo.commands.arguments import GO_ON, Subparsers, at_least, guidance_scale
+from vggrpo.commands.arguments import GO_ON, Subparsers, add_device, at_least, guidance_scale
 
 NAMES = (
     "main", "main-seconds", "rewards", "geometry", "lgm", "generalisation", "guidance", "efficiency", "robustness",
@@ -46,7 +46,7 @@ def add_parser(subparsers: Subparsers) -> None:
                         "(default: %(default)s)")  # fmt: skip
     parser.add_argument("--arms", nargs="+", default=[], metavar="ARM", help="only these arms")
     parser.add_argument("--sets", nargs="+", default=[], metavar="SET", help="prompt sets (default: the table's)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: %(default)s)")
+    add_device(parser)
     parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="config fields of all trainings")
     parser.set_defaults(run=run, resume=GO_ON)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vggrpo.assets import NAMES
-from vggrpo.commands.arguments import GO_ON, START_AGAIN, Subparsers, at_least, image_size, seed
+from vggrpo.commands.arguments import GO_ON, START_AGAIN, Subparsers, add_device, at_least, image_size, seed
 
 if TYPE_CHECKING:
     from vggrpo.io.manifest import ManifestRow
@@ -56,7 +56,7 @@ def _add_pretrain(actions: Subparsers) -> None:
     pretrain.add_argument(
         "--start", default=None, metavar="DIR", help='go on from the models in DIR, or from the "shipped" ones'
     )
-    pretrain.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: %(default)s)")
+    add_device(pretrain)
     pretrain.add_argument(
         "--batch-scale", type=at_least(1, most=1024), default=1, metavar="K", help="K times the recipe's clips a step"
     )

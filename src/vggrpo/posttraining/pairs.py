@@ -1,4 +1,4 @@
-"""Preference pairs: for every prompt the base model's best and worst clip, by a measure that RGB frames (or latents)
+"""Preference pairs: for every prompt the base model's best and worst clips, by a measure that RGB frames (or latents)
 give.
 
 - `epipolar` (as Epipolar-DPO): Sampson error of matches under a robust fundamental matrix; the metric of evaluation.
@@ -71,23 +71,26 @@ def build_pairs(context: Context) -> Pairs:
         if settings.pairs == "geometry" and reader is None:
             reader = load_rgb_reader(context.config.reward, context.model)
         errors, motion = measure_candidates(context, latents, prompt, reader)
-        found = choose_pair(errors, motion, settings.min_gap, settings.min_motion, relative=settings.pairs != "latent")
-        row: dict[str, Any] = {"prompt": prompt, "errors": _known(errors), "motion": _known(motion), "file": None}
+        row: dict[str, Any] = {"prompt": prompt, "errors": _known(errors), "motion": _known(motion), "pairs": []}
+        found = choose_pairs(errors, motion, settings.min_gap, settings.min_motion, settings.pairs_per_prompt,
+                             relative=settings.pairs != "latent")  # fmt: skip
         if isinstance(found, str):
-            row["refused"] = found
-        else:
-            row["file"], row["winner"], row["loser"] = f"pair-{number:05d}.safetensors", *found
-            save_latents(folder / row["file"], winner=latents[found[0]], loser=latents[found[1]])
+            row["refused"], found = found, []
+        for place, (winner, loser) in enumerate(found):
+            file = f"pair-{number:05d}-{place:02d}.safetensors"
+            save_latents(folder / file, winner=latents[winner], loser=latents[loser])
+            row["pairs"].append({"file": file, "winner": winner, "loser": loser})
         atomic_write_json(prompt_file(folder, number), row)
     context.processes.barrier()
     rows = read_prompt_files(folder)
-    good = [row for row in rows if row["file"]]
+    good = [(folder / pair["file"], row["prompt"]) for row in rows for pair in row["pairs"]]
     if not good:
         raise UserError(
             f"none of {len(rows)} prompts gives a pair ({rows[0]['refused'] if rows else 'no prompt'}); raise "
             "dpo.candidates, or lower dpo.min_gap or dpo.min_motion, and use another output=DIR"
         )
-    return Pairs([folder / row["file"] for row in good], [row["prompt"] for row in good], len(rows) - len(good))
+    refused = sum(not row["pairs"] for row in rows)
+    return Pairs([file for file, _ in good], [prompt for _, prompt in good], refused)
 
 
 @torch.no_grad()
@@ -116,21 +119,25 @@ def measure_candidates(
     return torch.tensor(errors), torch.tensor(motion)
 
 
-def choose_pair(
+def choose_pairs(
     errors: Float[Tensor, " K"],
     motion: Float[Tensor, " K"],
     min_gap: float,
     min_motion: float,
+    count: int = 1,
     *,
     relative: bool = True,
-) -> tuple[int, int] | str:
-    """Places of the better and the worse candidate, or why there is no pair.
+) -> list[tuple[int, int]] | str:
+    """Places of the better and the worse candidate of at most `count` pairs, or why there is none.
+
+    The best and the worst make a pair, the second best and the second worst, and so on: no clip is in two.
 
     Args:
         errors: lower is better, NaN = not measured.
         motion: amount of motion, NaN = not measured.
         min_gap: by which share of the worse error (not `relative`: by how much) the better one must be smaller.
         min_motion: candidates under this share of the median motion are left out.
+        count: pairs at most.
         relative: see `min_gap`.
     """
     known = errors.isfinite() & motion.isfinite()
@@ -139,12 +146,14 @@ def choose_pair(
     moving = known & (motion >= min_motion * motion[known].median())
     if int(moving.sum()) < 2:
         return f"{int(moving.sum())} of {len(errors)} candidates move enough"
-    best = int(torch.where(moving, errors, torch.inf).argmin())
-    worst = int(torch.where(moving, errors, -torch.inf).argmax())
-    gap = float(errors[worst] - errors[best])
-    if gap <= 0 or gap < (min_gap * float(errors[worst]) if relative else min_gap):
-        return f"the candidates differ by {gap:.3g}, which is too little"
-    return best, worst
+    order = [k for k in errors.argsort(stable=True).tolist() if moving[k]]
+    pairs = []
+    for best, worst in list(zip(order, reversed(order), strict=True))[: min(count, len(order) // 2)]:
+        gap = float(errors[worst] - errors[best])
+        if gap <= 0 or gap < (min_gap * float(errors[worst]) if relative else min_gap):
+            break  # the pairs that follow are closer still
+        pairs.append((best, worst))
+    return pairs or f"the candidates differ by {gap:.3g}, which is too little"
 
 
 def _known(values: Float[Tensor, " K"]) -> list[float | None]:

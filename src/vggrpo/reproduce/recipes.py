@@ -117,8 +117,8 @@ TABLES: dict[str, Table] = {
             VGGRPO,
             Arm("static-masks", "nothing is masked, as with a static geometry model",
                 (f"rewards.{_GEOMETRY}.options.movers=none",)),
-            Arm("subject-masks", "subjects are masked, not what scene flow calls moving",
-                (f"rewards.{_GEOMETRY}.options.movers=subject",)),
+            Arm("flow-masks", "what scene flow calls moving is masked, as in the paper",
+                (f"rewards.{_GEOMETRY}.options.movers=dynamic",)),
             Arm("rgb", "the rewards read decoded frames", ("reward.space=rgb",)),
         ),
         ("world-dynamic", "world-static"),
@@ -188,7 +188,13 @@ def equal_budget(config: TrainConfig, prompts: int, group: float = 1.0) -> list[
             updates(videos, size * groups),
         ],
         "sft": [f"sft.candidates={candidates}", "sft.batch=16", updates(samples, 16)],
-        "dpo": [f"dpo.candidates={candidates}", "dpo.batch=8", updates(samples, 16)],
+        # The best quarter of a prompt's clips against the worst; a single pair a prompt is soon known by heart.
+        "dpo": [
+            f"dpo.candidates={candidates}",
+            f"dpo.pairs_per_prompt={max(1, candidates // 4)}",
+            "dpo.batch=8",
+            updates(samples, 16),
+        ],
         "nft": [
             f"nft.prompts_per_update={grpo.prompts_per_update}",
             f"nft.samples_per_prompt={grpo.samples_per_prompt}",

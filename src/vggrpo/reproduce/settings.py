@@ -112,15 +112,17 @@ def seconds_of(log: list[dict[str, float]]) -> float:
 
 def check_settings(path: Path, settings: Settings) -> None:
     """Results of other settings in the same place are an error, not a mixture. Where there is none yet, as after a
-    call that failed, any settings will do."""
+    call that failed, any settings will do; and training seeds may become more, since every seed is a run of its own."""
     values = json.loads(json.dumps(asdict(settings)))
     if path.is_file() and any(file != path for file in path.parent.iterdir()):
         before = json.loads(path.read_text(encoding="utf-8"))
+        more_seeds = values["seeds"] > before.get("seeds", values["seeds"])
         for key, value in values.items():
-            if key in before and before[key] != value:
+            if key in before and before[key] != value and not (key == "seeds" and more_seeds):
                 raise UserError(
                     f"{path.parent} holds a reproduction with {key} {before[key]!r}, not {value!r}; "
                     "name another --output"
                 )
-        return
+        if not more_seeds:
+            return
     atomic_write_json(path, values)
