@@ -1,10 +1,11 @@
-"""The real launchers: torchrun on one machine, torchrun of two machines (two agents on this one), accelerate. Each
-trains the embedded model for an update and says the same as one process."""
+"""The real launchers: torchrun on one machine, torchrun of two machines (two agents on this one), accelerate, and
+mpirun where there is one. Each trains the embedded model for an update and says the same as one process."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -95,14 +96,23 @@ def two_machines():
     return [torchrun(*meeting, "--node-rank", rank) for rank in ("0", "1")]
 
 
+def mpirun():
+    """Open MPI's; root may only start it when it says so, as in a container."""
+    if shutil.which("mpirun") is None:
+        pytest.skip("no mpirun here (Debian: openmpi-bin)")
+    meeting = ("-x", "MASTER_ADDR=127.0.0.1", "-x", f"MASTER_PORT={port()}")
+    return [["mpirun", "--allow-run-as-root", "--oversubscribe", "-np", "2", *meeting, sys.executable, "-m"]]
+
+
 @pytest.mark.parametrize(
     "commands",
     [
         lambda: [torchrun("--nproc-per-node", "2", "--master-port", port())],
         two_machines,
         lambda: [accelerate("--multi_gpu", "--num_processes", "2", "--main_process_port", port())],
+        mpirun,
     ],
-    ids=["torchrun", "torchrun of two machines", "accelerate"],
+    ids=["torchrun", "torchrun of two machines", "accelerate", "mpirun"],
 )
 def test_two_processes_say_what_one_says(alone, tmp_path, commands):
     commands = commands()

@@ -7,9 +7,11 @@ from pathlib import Path
 from unittest.mock import create_autospec
 
 import pytest
+import torch
 
 from vggrpo.cli import main
 from vggrpo.config import load_config
+from vggrpo.models.loading import pick_device
 from vggrpo.rewards.registry import audited_options
 
 
@@ -97,9 +99,12 @@ def test_audit_reward(monkeypatch):
     same = dict(clips=8, seed=0, video_model=None, judge=None, num_frames=17, size=(64, 64))
     tiny = audited_options(load_config("tiny").rewards)
     assert tiny["camera_motion_smoothness"]["eps_rotation"] > 1e-3
-    call.assert_called_once_with("embedded", Path("out"), **same, options=tiny)
-    assert main(["audit-reward", "--output", "out", "--clips", "8", "--recipe", "wan2.1-t2v-1.3b"]) == 0
-    call.assert_called_with("embedded", Path("out"), **same, options={})  # that recipe keeps the defaults
+    call.assert_called_once_with("embedded", Path("out"), **same, options=tiny, device=pick_device("auto"))
+    cpu = ["--device", "cpu"]
+    assert main(["audit-reward", "--output", "out", "--clips", "8", "--recipe", "wan2.1-t2v-1.3b", *cpu]) == 0
+    call.assert_called_with(
+        "embedded", Path("out"), **same, options={}, device=torch.device("cpu")
+    )  # that recipe keeps the defaults
 
 
 def test_world_pretrain(monkeypatch):

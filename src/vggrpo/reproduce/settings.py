@@ -87,6 +87,8 @@ def arm_config(
     embedded = config.data.prompts == EMBEDDED or not Path(config.data.prompts).is_file()
     prompts = config.data.num_prompts if embedded else len(read_prompts(config.data.prompts))
     overrides += equal_budget(config, prompts, arm.group)
+    if config.algorithm == "dpo":  # pairs are made of clips as people get them: without guidance few have matches
+        overrides += [f"sampling.guidance_scale={settings.guidance_scale}"]
     if seconds is not None:
         overrides += [f"updates={_ENDLESS}", f"stop.seconds_above={seconds}"]
     if updates is not None:
