@@ -16,6 +16,7 @@ from typing import NoReturn
 from vggrpo import __version__
 from vggrpo.commands import COMMANDS
 from vggrpo.errors import UserError
+from vggrpo.io.atomic import disk_full
 
 
 class _Parser(argparse.ArgumentParser):
@@ -54,6 +55,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output went away (`vggrpo doctor | head`): stop without a word, as other tools do.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except Exception as error:
+        if (reason := disk_full(error)) is None:
+            raise
+        print(f"vggrpo: error: cannot write ({reason}); free space, then {arguments.resume}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import subprocess
 import sys
 
 import pytest
+from safetensors import SafetensorError
 
 import vggrpo
 from vggrpo import cli, commands
@@ -76,6 +78,17 @@ def test_interrupt_says_how_to_go_on_and_code_130(monkeypatch, capsys):
     monkeypatch.setattr(cli, "COMMANDS", (fake_command(raising(KeyboardInterrupt())),))
     assert cli.main(["fake"]) == 130
     assert capsys.readouterr().err.strip() == "vggrpo: interrupted; run the same command again"
+
+
+def test_a_full_disk_is_one_line_and_code_2(monkeypatch, capsys):
+    for error in (OSError(errno.ENOSPC, "any"), SafetensorError("I/O error: No space left on device (os error 28)")):
+        monkeypatch.setattr(cli, "COMMANDS", (fake_command(raising(error)),))
+        assert cli.main(["fake"]) == 2
+        said = capsys.readouterr().err
+        assert (
+            said
+            == "vggrpo: error: cannot write (No space left on device); free space, then run the same command again\n"
+        )
 
 
 def test_unexpected_errors_keep_their_traceback(monkeypatch):

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import pytest
 import torch
 from fake_lgm import fake_lgm
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tiny_wan import save_tiny_wan
 
@@ -187,6 +188,8 @@ def test_out_of_memory_names_the_settings(tiny_wan_dir, tmp_path, monkeypatch):
 def test_a_full_disk_says_what_to_do():
     with pytest.raises(UserError, match=r"No space left.*free space"), trainer._advice():
         raise OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(UserError, match=r"No space left.*free space"), trainer._advice():
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
     with pytest.raises(FileNotFoundError), trainer._advice():
         raise FileNotFoundError(errno.ENOENT, "another matter")
 
@@ -206,11 +209,15 @@ def test_a_full_disk_says_what_to_do():
         "grpo.inner_split=false",
         "sampling.window_kind=random",
         "sampling.offload=true",
+        "sampling.variant=flow_grpo_wan sampling.sigma_min=0.1 sampling.sigma_max=0.7",
+        "sampling.micro_batch=auto validation.every=1",
     ],
 )
 def test_options_run(tiny_wan_dir, tmp_path, override):
-    train(tiny_wan_dir, tmp_path, [override], updates=1)
-    assert rows(tmp_path)[0]["grad_norm"] > 0
+    validation = ["validation.num_prompts=1", "validation.num_steps=2", f"validation.prompts={tmp_path / 'p.txt'}"]
+    (tmp_path / "p.txt").write_text("a prompt\n")
+    train(tiny_wan_dir, tmp_path / "run", [*validation, *override.split()], updates=1)
+    assert rows(tmp_path / "run")[0]["grad_norm"] > 0
 
 
 def test_inner_parts_cover_everything_once():

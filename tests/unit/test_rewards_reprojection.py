@@ -14,6 +14,7 @@ from torch.autograd import gradcheck
 from vggrpo.errors import UserError
 from vggrpo.geometry import GeometryPrediction, so3_exp
 from vggrpo.rewards import geometry_reprojection_consistency as consistency
+from vggrpo.rewards import reprojection
 
 
 def walls(*depths: float, **options: object) -> GeometryPrediction:
@@ -247,6 +248,26 @@ def test_the_embedded_world_is_consistent_for_every_camera_move() -> None:
         travel.append(reward.terms["travel"])
     assert torch.cat(errors).max() < 1e-3 and torch.cat(errors).mean() < 1e-4
     assert abs(rank_correlation(torch.cat(errors), torch.cat(travel))) < 0.5
+
+
+@pytest.mark.parametrize("leave_one_out", [False, True])
+def test_views_in_parts_are_views_at_once(monkeypatch: pytest.MonkeyPatch, leave_one_out: bool) -> None:
+    room = wobble(clips(list(MOVES)[:2]), 1.0, "depth")
+
+    def seen() -> tuple[torch.Tensor, torch.Tensor]:
+        depth = room.depth.clone().requires_grad_(True)
+        moved = GeometryPrediction.from_depth(room.cam2world, room.intrinsics, depth)
+        reward = consistency(moved, leave_one_out=leave_one_out, per_view=True)
+        (gradient,) = torch.autograd.grad(reward.value.sum(), depth)
+        return reward.terms["e_geo_per_view"].detach(), gradient
+
+    whole = seen()
+    views, points = room.depth.shape[1], room.depth[0].numel()
+    for views_at_once in (1, 2):
+        monkeypatch.setattr(reprojection, "_PAIRS_AT_ONCE", views_at_once * 2 * points + 1)
+        assert views % 2 and views > 2  # the last part is smaller
+        for part, expected in zip(seen(), whole, strict=True):
+            torch.testing.assert_close(part, expected, rtol=1e-12, atol=1e-15)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

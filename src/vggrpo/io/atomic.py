@@ -6,14 +6,29 @@ one file system. A crash leaves at most a stray `.NAME.*.partial` file, which no
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from vggrpo.errors import UserError
+
+
+def disk_full(error: BaseException) -> str | None:
+    """What the system said, if a write failed because there is no room; None for every other error.
+
+    safetensors writes by itself, and says the number in words.
+    """
+    if isinstance(error, OSError):
+        number = error.errno
+    else:
+        said = re.search(r"\(os error (\d+)\)", str(error))
+        number = int(said[1]) if said else None
+    return os.strerror(number) if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else None
 
 
 def ensure_directory(path: Path | str) -> Path:

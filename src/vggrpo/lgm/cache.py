@@ -125,7 +125,7 @@ def claim_cache(directory: Path, identity: Mapping[str, Any]) -> None:
             there = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise UserError(f"{path} is damaged; delete {directory} or name another cache=DIR") from error
-        differs = [key for key in wanted if there.get(key) != wanted[key]]
+        differs = [key for key in wanted if there.get(key, wanted[key]) != wanted[key]]
         if differs:
             key = differs[0]
             raise UserError(

@@ -92,7 +92,9 @@ class MicroBatch:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device, or the machine itself, had no memory left."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
 
 
 def _let_go(device: torch.device) -> None:

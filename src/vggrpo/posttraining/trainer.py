@@ -6,7 +6,6 @@ end of the update, and so does a rule of `config.stop`, which ends the run for g
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import importlib.metadata
 import json
@@ -24,7 +23,7 @@ from vggrpo.checkpoint import Checkpoint, load_latest, save_checkpoint
 from vggrpo.config import EMBEDDED, RewardTerm, TrainConfig, dump_config, resume_difference
 from vggrpo.distributed import Processes, stop_signals
 from vggrpo.errors import UserError
-from vggrpo.io.atomic import atomic_write, ensure_directory
+from vggrpo.io.atomic import atomic_write, disk_full, ensure_directory
 from vggrpo.io.manifest import read_jsonl
 from vggrpo.models.base import LatentSpec, VideoModel
 from vggrpo.models.loading import load_video_model
@@ -264,18 +263,17 @@ def _advice() -> Iterator[None]:
     """Out of memory and out of disk space are the user's to mend: say with what."""
     try:
         yield
-    except RuntimeError as error:
+    except Exception as error:
+        if reason := disk_full(error):
+            raise UserError(
+                f"cannot write ({reason}); free space and run again to go on: the last checkpoint is whole"
+            ) from error
         if not is_out_of_memory(error):
             raise
         raise UserError(
-            "out of memory: lower grpo.micro_batch and sampling.micro_batch (or set them to auto), or set "
-            "model.gradient_checkpointing: true, and run again to go on; `vggrpo doctor` estimates what a recipe needs"
-        ) from error
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        raise UserError(
-            f"cannot write ({error.strerror}); free space and run again to go on: the last checkpoint is whole"
+            "out of memory: lower grpo.micro_batch and sampling.micro_batch (or set them to auto), or lgm.micro_batch, "
+            "or set model.gradient_checkpointing: true, and run again to go on; `vggrpo doctor` estimates what a "
+            "recipe needs"
         ) from error
 
 

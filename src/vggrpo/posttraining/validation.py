@@ -13,6 +13,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from vggrpo.config import EMBEDDED, TrainConfig
+from vggrpo.config_algorithms import least_micro_batch
 from vggrpo.io.prompts import read_prompts
 from vggrpo.models.base import VideoModel
 from vggrpo.posttraining.algorithm import Context
@@ -79,7 +80,7 @@ class Validation:
         text = context.conditions.text(self.prompts, model.device)
         negative = context.conditions.text([""], model.device)
         parts = []
-        for places in torch.arange(len(self.prompts)).split(config.sampling.micro_batch):
+        for places in torch.arange(len(self.prompts)).split(least_micro_batch(config.sampling.micro_batch)):
             chosen = places.tolist()
             parts.append(
                 solve(

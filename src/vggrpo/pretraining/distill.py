@@ -120,11 +120,14 @@ class _Parts:
 
 def make_cache(config: TrainLGMConfig, parts: _Parts, processes: Processes) -> Material:
     """Fill the cache and split its clips."""
-    clips = config.clips
-    stride = parts.vae.latent_spec.temporal_stride if config.stitch.view_rate == "latent" else 1
+    clips, spec = config.clips, parts.vae.latent_spec
+    stride = spec.temporal_stride if config.stitch.view_rate == "latent" else 1
     identity = {
         "VAE": weights_hash(getattr(parts.vae, "vae", parts.vae)),  # a video model holds its VAE, an image VAE is one
+        "latent normalisation": [list(spec.mean), list(spec.std)],
         "teacher": weights_hash(parts.teacher),  # type: ignore[arg-type]
+        "clips.videos": clips.videos,  # clips are known by their names in there
+        "generator": [config.video.path, clips.prompts, clips.generated_steps, clips.guidance_scale],
         "clip size": [clips.num_frames, clips.height, clips.width],
         "frame_stride": clips.frame_stride,
         "view_rate": config.stitch.view_rate,

@@ -6,6 +6,7 @@ are one run, so tables share what they have in common.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from vggrpo.config import TrainConfig
@@ -164,7 +165,10 @@ STUDIES = {
 
 
 def equal_budget(config: TrainConfig, prompts: int, group: float = 1.0) -> list[str]:
-    """Overrides that give an arm the videos and the gradient samples (videos x trained steps) of the GRPO recipe.
+    """Overrides that give an arm the videos of the GRPO recipe, and its gradient samples (videos x trained steps).
+
+    Two exceptions have fewer gradient samples. SFT and DPO see their clips once: on the embedded world more passes made
+    both worse (docs/results.md). Direct training takes its gradient through the last step alone.
 
     Args:
         config: of the arm, with the GRPO section of the recipe.
@@ -178,29 +182,29 @@ def equal_budget(config: TrainConfig, prompts: int, group: float = 1.0) -> list[
     size = max(2, round(grpo.samples_per_prompt * group))
     groups = max(1, round(grpo.prompts_per_update / group))
 
-    def updates(count: int, each: int) -> str:
+    def updates(count: float, each: int) -> str:
         return f"updates={max(1, round(count / each))}"
 
+    kept = prompts * math.ceil(config.sft.keep * candidates)
+    pairs = max(1, candidates // 4)  # the best quarter of a prompt's clips against the worst
     return {
         "grpo": [
             f"grpo.samples_per_prompt={size}",
             f"grpo.prompts_per_update={groups}",
             updates(videos, size * groups),
         ],
-        "sft": [f"sft.candidates={candidates}", "sft.batch=16", updates(samples, 16)],
-        # The best quarter of a prompt's clips against the worst; a single pair a prompt is soon known by heart.
+        "sft": [f"sft.candidates={candidates}", "sft.batch=16", updates(min(samples, kept), 16)],
         "dpo": [
             f"dpo.candidates={candidates}",
-            f"dpo.pairs_per_prompt={max(1, candidates // 4)}",
+            f"dpo.pairs_per_prompt={pairs}",
             "dpo.batch=8",
-            updates(samples, 16),
+            updates(min(samples, 2 * prompts * pairs), 16),
         ],
         "nft": [
             f"nft.prompts_per_update={grpo.prompts_per_update}",
             f"nft.samples_per_prompt={grpo.samples_per_prompt}",
             f"nft.times={window}",
         ],
-        # A direct update takes its gradient through the last step alone: as many videos, fewer gradient samples.
         "direct": [
             f"direct.prompts_per_update={grpo.prompts_per_update}",
             "direct.samples_per_prompt=2",

@@ -32,13 +32,15 @@ fixed.
 
 from __future__ import annotations
 
-from typing import Literal
+from functools import partial
+from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from vggrpo.errors import UserError
 from vggrpo.geometry import GeometryPrediction, depth_edges, pixel_index, project, zbuffer
@@ -50,6 +52,8 @@ Movers = Literal["dynamic", "subject", "none"]
 # A read counts if all but this share of its interpolation weight lies on held pixels; a view's own points land within
 # 1e-5.
 _WEIGHT_SLACK = 1e-3
+# Pairs of view and point that are looked at together. One takes about 100 bytes.
+_PAIRS_AT_ONCE = 2**24
 
 
 def moving_pixels(
@@ -118,40 +122,98 @@ def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, values, torch.zeros_like(values)).sum(-1) / mask.sum(-1).clamp_min(1)
 
 
-def _view_errors(
-    prediction: GeometryPrediction, held: Bool[Tensor, "B S H W"], *, tolerance: float, stride: int, leave_one_out: bool
-) -> tuple[Float[Tensor, "B S"], Float[Tensor, "B S"], Float[Tensor, "B S"]]:
-    """Each view's mean residual (unit of the depth), share of pixels in Omega, share hit by other views' points."""
-    _, views, height, width = held.shape
-    size, pixels = (height, width), height * width
-    cloud = prediction.points[:, :, ::stride, ::stride].flatten(1, 3)  # (B, N, 3)
-    source_held = held[:, :, ::stride, ::stride]
-    per_view = source_held.shape[2] * source_held.shape[3]
-    source = torch.arange(views, device=held.device).repeat_interleave(per_view)  # (N,) view that a point comes from
-    foreign = source[None, :] != torch.arange(views, device=held.device)[:, None]  # (S, N)
+class _Cloud(NamedTuple):
+    """The points of all views: places, the view that each comes from, and whether its pixel is held."""
 
-    uv, z = project(cloud, prediction.intrinsics, prediction.cam2world)
-    inverse, readable = read_inverse_depth(prediction.depth, held, uv)
-    index, inside = pixel_index(uv.detach(), size)
-    candidate = readable & inside & source_held.flatten(1)[:, None]  # (B, S, N)
-    ratio = (z * inverse).detach()
-    front = zbuffer(uv, ratio, size, mask=candidate & foreign if leave_one_out else candidate)
-    omega = held.flatten(-2)
-    if leave_one_out:
+    points: Float[Tensor, "B N 3"]
+    source: Int[Tensor, " N"]
+    held: Bool[Tensor, "B N"]
+
+
+class _Look(NamedTuple):
+    """The cloud as V views see it, (B, V, N): where it falls, z-depth, the view's own inverse depth there, the ratio of
+    the two, the pixel; points that can be compared, and whether another view made them (V, N)."""
+
+    uv: Float[Tensor, "B V N 2"]
+    z: Float[Tensor, "B V N"]
+    inverse: Float[Tensor, "B V N"]
+    ratio: Float[Tensor, "B V N"]
+    index: Int[Tensor, "B V N"]
+    candidate: Bool[Tensor, "B V N"]
+    foreign: Bool[Tensor, "V N"]
+
+
+def _look(prediction: GeometryPrediction, held: Bool[Tensor, "B S H W"], cloud: _Cloud, views: slice) -> _Look:
+    uv, z = project(cloud.points, prediction.intrinsics[:, views], prediction.cam2world[:, views])
+    inverse, readable = read_inverse_depth(prediction.depth[:, views], held[:, views], uv)
+    index, inside = pixel_index(uv.detach(), (held.shape[2], held.shape[3]))
+    numbers = torch.arange(held.shape[1], device=held.device)[views]
+    candidate = readable & inside & cloud.held[:, None]
+    return _Look(uv, z, inverse, (z * inverse).detach(), index, candidate, cloud.source != numbers[:, None])
+
+
+def _some_view_errors(
+    prediction: GeometryPrediction,
+    held: Bool[Tensor, "B S H W"],
+    cloud: _Cloud,
+    omega: Bool[Tensor, "B S P"],
+    views: slice,
+    *,
+    tolerance: float,
+    growth: int | None,
+) -> tuple[Float[Tensor, "B V"], Float[Tensor, "B V"], Float[Tensor, "B V"]]:
+    """`_view_errors` of some views; with `growth`, own points stay out and the front grows by so many pixels."""
+    uv, z, inverse, ratio, index, candidate, foreign = _look(prediction, held, cloud, views)
+    omega, size = omega[:, views], (held.shape[2], held.shape[3])
+    if growth is not None:
         candidate = candidate & foreign
-        seen = (candidate & (ratio <= 1 + tolerance)).any(1).unflatten(-1, source_held.shape[1:])  # (B, S, H/k, W/k)
-        seen = seen.repeat_interleave(stride, 2).repeat_interleave(stride, 3)[:, :, :height, :width]
-        omega = omega & seen.flatten(-2)
+    front = zbuffer(uv, ratio, size, mask=candidate)
+    if growth is None:
+        front = front.clamp_max(1)
+    else:
         # Other views' points leave gaps through which hidden ones show. Ratios are level across a surface, so the
         # front may grow.
-        front = -functional.max_pool2d(-front, 2 * stride + 1, stride=1, padding=stride)
-    else:
-        front = front.clamp_max(1)
+        front = -functional.max_pool2d(-front, 2 * growth + 1, stride=1, padding=growth)
     visible = candidate & (ratio <= (1 + tolerance) * front.flatten(-2).gather(-1, index)) & omega.gather(-1, index)
 
+    pixels = size[0] * size[1]
     error, hit = _pixel_mean((z - 1 / inverse).abs(), index, visible, pixels)
     _, compared = _pixel_mean(ratio, index, candidate & foreign & omega.gather(-1, index), pixels)
     return _masked_mean(error, hit), hit.sum(-1) / pixels, compared.sum(-1) / pixels
+
+
+def _view_errors(
+    prediction: GeometryPrediction, held: Bool[Tensor, "B S H W"], *, tolerance: float, stride: int, leave_one_out: bool
+) -> tuple[Float[Tensor, "B S"], Float[Tensor, "B S"], Float[Tensor, "B S"]]:
+    """Each view's mean residual (unit of the depth), share of pixels in Omega, share hit by other views' points.
+
+    Views know nothing of one another but the cloud, so they are looked at in parts that fit the memory; with gradients
+    a part is computed again on the way back.
+    """
+    _, count, height, width = held.shape
+    source_held = held[:, :, ::stride, ::stride]
+    per_view = source_held.shape[2] * source_held.shape[3]
+    cloud = _Cloud(
+        prediction.points[:, :, ::stride, ::stride].flatten(1, 3),
+        torch.arange(count, device=held.device).repeat_interleave(per_view),
+        source_held.flatten(1),
+    )
+    at_once = max(1, _PAIRS_AT_ONCE // (len(held) * count * per_view))
+    parts = [slice(start, start + at_once) for start in range(0, count, at_once)]
+    omega = held.flatten(-2)
+    if leave_one_out:
+        with torch.no_grad():  # which points some other view sees
+            looks = (_look(prediction, held, cloud, part) for part in parts)
+            found = [(k.candidate & k.foreign & (k.ratio <= 1 + tolerance)).any(1) for k in looks]
+        seen = torch.stack(found).any(0).unflatten(-1, source_held.shape[1:])  # (B, S, H/k, W/k)
+        seen = seen.repeat_interleave(stride, 2).repeat_interleave(stride, 3)[:, :, :height, :width]
+        omega = omega & seen.flatten(-2)
+    errors = partial(_some_view_errors, tolerance=tolerance, growth=stride if leave_one_out else None)
+    if len(parts) > 1 and torch.is_grad_enabled():
+        errors = partial(checkpoint, errors, use_reentrant=False)
+    each = [errors(prediction, held, cloud, omega, part) for part in parts]
+    error, hit, compared = (torch.cat(values, 1) for values in zip(*each, strict=True))
+    return error, hit, compared
 
 
 def _mean_of_worst(errors: Float[Tensor, "B S"], counted: Bool[Tensor, "B S"], worst: int) -> Float[Tensor, " B"]:
@@ -193,8 +255,8 @@ def geometry_reprojection_consistency(
             nothing can contradict is no evidence, and a clip without a single such view is invalid.
         leave_one_out: compare each view with the other views' points only.
         stride: use every stride-th pixel of both axes as a point; memory falls with its square. A thinner cloud hides
-            less of itself, so errors of different strides are not to be compared. Stride 1 takes about 100 bytes for
-            each of the B x S x (S H W) pairs of view and point.
+            less of itself, so errors of different strides are not to be compared. A view's points are about 100 bytes
+            each, of B x S H W; as many views as fit 1.7 GB are looked at together, one at least.
         per_view: add the per-view errors as the term `e_geo_per_view` (B, S), NaN for views that do not count.
 
     Returns:
