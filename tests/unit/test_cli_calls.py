@@ -96,7 +96,8 @@ def test_world_pretrain_looks_for_its_start_before_it_renders(tmp_path, capsys):
 def test_audit_reward(monkeypatch):
     call = stand_in(monkeypatch, "vggrpo.evaluation.audit", "audit_reward")
     assert main(["audit-reward", "--output", "out", "--clips", "8"]) == 0
-    same = dict(clips=8, seed=0, video_model=None, judge=None, num_frames=17, size=(64, 64))
+    same = dict(clips=8, seed=0, batch=8, video_model=None, judge=None, num_frames=17, size=(64, 64), prompts=None,
+                steps=10, guidance_scale=1.0, dtype="float32")  # fmt: skip
     tiny = audited_options(load_config("tiny").rewards)
     assert tiny["camera_motion_smoothness"]["eps_rotation"] > 1e-3
     call.assert_called_once_with("embedded", Path("out"), **same, options=tiny, device=pick_device("auto"))

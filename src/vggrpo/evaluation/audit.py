@@ -11,8 +11,9 @@ reach that learned all its teacher knows.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -32,7 +33,7 @@ from vggrpo.lgm import LatentGeometryModel
 from vggrpo.lgm.cache import teacher_views
 from vggrpo.lgm.model import load_teacher
 from vggrpo.models.base import GeometryModel
-from vggrpo.models.loading import load_geometry_model
+from vggrpo.models.loading import load_geometry_model, load_video_model
 from vggrpo.models.wan import WanVideoModel
 from vggrpo.rewards.registry import AUDITED, get_reward
 from vggrpo.sampling import ode_sample
@@ -59,6 +60,10 @@ def audit_reward(
     judge: str | Path | None = None,
     num_frames: int = 17,
     size: tuple[int, int] = (64, 64),
+    prompts: Sequence[str] | None = None,
+    steps: int = STEPS,
+    guidance_scale: float = 1.0,
+    dtype: str = "float32",
     options: Mapping[str, Mapping[str, Any]] | None = None,
     device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
@@ -75,19 +80,25 @@ def audit_reward(
         video_model: pipeline whose VAE the LGM reads and whose clips are judged, instead of `models`'.
         judge: geometry model that had no part in the LGM's training, instead of `models`'.
         num_frames, size: RGB frames and (height, width) of all clips.
+        prompts: of the generated clips; they repeat with new seeds if there are fewer than clips / 4. None: captions of
+            the embedded world.
+        steps, guidance_scale: of the generated clips; best those with which training samples.
+        dtype: of the video model's transformer and text encoder.
         options: keyword arguments of the two rewards by their names, as training will use them (`audited_options`).
         device: where clips are rendered and networks run.
     """
     ensure_directory(output)  # fail before any work
     model = LatentGeometryModel.from_pretrained(lgm)
     judge_path, pipeline = (assets.path(n) if models is None else models / n for n in ("judge", "pipeline"))
-    generator = WanVideoModel.from_pretrained(video_model or pipeline, device)
+    generator = load_video_model(video_model or pipeline, device=str(device), dtype=dtype)
     model.check_latents_of(generator.latent_spec)
     independent = load_geometry_model(judge or judge_path).to(device)  # type: ignore[attr-defined]
     teacher = load_teacher(lgm).to(device)  # type: ignore[attr-defined]
     subject = _Subject(model.to(device), teacher, independent, generator, num_frames, size, options or {})
     rendered = _rendered_terms(subject, clips, seed, batch)
-    generated = _generated_terms(subject, clips, seed, batch)
+    count = max(1, clips // GROUP)
+    asked = list(islice(cycle(prompts or sample_prompts(count, seed + 1, split="heldout")), count))
+    generated = _generated_terms(subject, asked, seed, batch, steps, guidance_scale)
     groups = [i // GROUP for i in range(len(generated["lgm"]["e_geo"]))]
     answers = _answers("lgm", rendered, generated, groups)
     passed = (
@@ -100,7 +111,8 @@ def audit_reward(
         "floor_judge": _mean(rendered["smooth"]["judge"]["e_geo"]),
         "base_value_judge": _mean(generated["judge"]["e_geo"]),
         "samples_needed": samples_needed(generated["lgm"]["e_geo"]),
-        "clips": clips, "seed": seed, "options": {k: dict(v) for k, v in subject.options.items()},
+        "clips": clips, "seed": seed, "steps": steps, "guidance_scale": guidance_scale,
+        "options": {k: dict(v) for k, v in subject.options.items()},
         "passed": bool(passed),
     }  # fmt: skip
     write_audit_page(Path(output) / "audit.html", result, rendered, generated, groups)
@@ -200,16 +212,22 @@ def _rendered_terms(subject: _Subject, clips: int, seed: int, batch: int) -> dic
 
 
 @torch.inference_mode()
-def _generated_terms(subject: _Subject, clips: int, seed: int, batch: int) -> dict[str, dict[str, Tensor]]:
+def _generated_terms(
+    subject: _Subject, asked: Sequence[str], seed: int, batch: int, steps: int, guidance_scale: float
+) -> dict[str, dict[str, Tensor]]:
     """Terms of the base generator's clips, `GROUP` a prompt in a row."""
-    prompts = [p for p in sample_prompts(max(1, clips // GROUP), seed + 1, split="heldout") for _ in range(GROUP)]
+    prompts = [prompt for prompt in asked for _ in range(GROUP)]
     video_model = subject.video_model
     shape = video_model.latent_spec.latent_shape(subject.num_frames, *subject.size)
+    guided: dict[str, Any] = {}
+    if guidance_scale != 1:
+        guided = {"guidance_scale": guidance_scale, "negative_text": video_model.encode_prompt([""])}
     rows: dict[str, list[dict[str, Tensor]]] = {"lgm": [], "teacher": [], "judge": []}
     for low in range(0, len(prompts), batch):
         part = prompts[low : low + batch]
         seeds = list(range(seed + low, seed + low + len(part)))
-        latents = ode_sample(video_model, video_model.encode_prompt(part), shape=shape, seeds=seeds, num_steps=STEPS)
+        text = video_model.encode_prompt(part)
+        latents = ode_sample(video_model, text, shape=shape, seeds=seeds, num_steps=steps, **guided)
         rows["lgm"].append(subject.terms(subject.lgm(latents)))
         video = video_model.decode(latents)
         rows["teacher"].append(subject.read_frames(subject.teacher, video))

@@ -283,25 +283,29 @@ def load_reader(config: TrainConfig, model: VideoModel) -> GeometryReader:
         from vggrpo.posttraining.rgb_reader import load_rgb_reader
 
         return load_rgb_reader(config.reward, model)
-    return load_lgm(config.lgm.path, model.device, model.latent_spec, config.rewards)
+    return load_lgm(config.lgm.path, model.device, model.latent_spec, config.rewards, config.model.path)
 
 
 def load_lgm(
-    path: str, device: torch.device, spec: LatentSpec | None = None, rewards: Mapping[str, RewardTerm] | None = None
+    path: str,
+    device: torch.device,
+    spec: LatentSpec | None = None,
+    rewards: Mapping[str, RewardTerm] | None = None,
+    pipeline: str = EMBEDDED,
 ) -> GeometryReader:
     """The configured LGM, frozen, on the model's device; with `spec`, one made for another VAE is refused. `rewards`:
-    what its audit should have asked about."""
+    what its audit should have asked about. `pipeline`: whose latents it reads."""
     from vggrpo.lgm import LatentGeometryModel
 
     directory = assets.path("lgm") if path == EMBEDDED else Path(path)
     lgm = LatentGeometryModel.from_pretrained(directory)
     if spec is not None:
         lgm.check_latents_of(spec)
-    _warn_unaudited(directory, rewards)
+    _warn_unaudited(directory, rewards, pipeline)
     return lgm.to(device).eval().requires_grad_(False)
 
 
-def _warn_unaudited(lgm: Path, rewards: Mapping[str, RewardTerm] | None = None) -> None:
+def _warn_unaudited(lgm: Path, rewards: Mapping[str, RewardTerm] | None = None, pipeline: str = EMBEDDED) -> None:
     """Say so when nothing shows that this LGM's reward is signal (METHOD section 2)."""
     audit = lgm / "audit.json"
     try:
@@ -309,10 +313,10 @@ def _warn_unaudited(lgm: Path, rewards: Mapping[str, RewardTerm] | None = None) 
     except ValueError:
         found = None  # damaged
     if not isinstance(found, dict):
+        options = f"--lgm {lgm} --output {lgm}" + ("" if pipeline == EMBEDDED else f" --video-model {pipeline}")
         logger.warning(
-            "the LGM in %s was never audited: its reward may be noise; run `vggrpo audit-reward --lgm %s --output %s`",
-            lgm, lgm, lgm,
-        )  # fmt: skip
+            "the LGM in %s was never audited: its reward may be noise; run `vggrpo audit-reward %s`", lgm, options
+        )
     elif not found.get("passed"):
         logger.warning("the LGM in %s does not pass its reward audit (%s): its reward is mostly noise", lgm, audit)
     elif rewards is not None and found.get("options", {}) != audited_options(rewards):
