@@ -84,7 +84,7 @@ def arm(kill: dict) -> None:
     """Prepare the death of this process."""
     if int(os.environ.get("RANK", "0")) != kill["rank"]:
         return
-    die = lambda: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
+    die = lambda: os.kill(os.getpid(), kill.get("signal", signal.SIGKILL))  # noqa: E731
     if kill["where"] == "replay":
         before(Replayer, "backward", kill["number"], die)
     if kill["where"] == "rename":
@@ -122,6 +122,9 @@ def main(spec: dict) -> int:
     except UserError as error:
         print(f"vggrpo: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt as error:
+        print(error, file=sys.stderr)
+        return 130
     if "record" in spec and Processes.join().is_main:
         torch.save(kept, spec["record"])
     if torch.distributed.is_initialized():

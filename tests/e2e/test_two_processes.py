@@ -142,6 +142,20 @@ def test_a_dead_process_ends_the_others_with_an_error(tiny_wan_dir, tmp_path):
     assert "lost contact with another process" in errors[0] and "run again" in errors[0]
 
 
+def test_a_signal_to_one_process_saves_and_ends_all(tiny_wan_dir, tmp_path):
+    """As when a scheduler's warning reaches one machine first; the job then goes on as if it had never stopped."""
+    spec = {"pipeline": tiny_wan_dir, "output": tmp_path / "told"}
+    kill = {"rank": 1, "where": "replay", "number": 1, "signal": signal.SIGTERM}
+    codes, errors = finish(start(spec | {"kill": kill}, tmp_path, 2))
+    assert codes == [130, 130] and all("run again" in error for error in errors)
+    (checkpoint,) = (tmp_path / "told" / "checkpoints").glob("step-*")
+    assert checkpoint.name == "step-000001"
+    run(spec, tmp_path, 2)
+    run(spec | {"output": tmp_path / "whole"}, tmp_path, 2)
+    adapters = [load_file(tmp_path / name / "lora" / "pytorch_lora_weights.safetensors") for name in ("told", "whole")]
+    assert all(torch.equal(adapters[0][key], adapters[1][key]) for key in adapters[1])
+
+
 def test_machines_that_do_not_share_the_output_are_told_so(tiny_wan_dir, tmp_path):
     """One sees a checkpoint and would go on, the other none and would start afresh."""
     spec = {"pipeline": tiny_wan_dir, "output": tmp_path / "here"}
