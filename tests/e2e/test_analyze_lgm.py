@@ -38,7 +38,9 @@ def test_the_command_on_real_files(tmp_path, capsys):
     assert result["accuracy"]["clips"] == 2 and result["reference"] == "the RGB model on clean frames"
     assert len(result["noise"]["lgm"]["abs_rel"]) == len(result["noise"]["levels"])
     assert list(result["cost"]["5x32x48, this LGM"]) == ["rgb", "lgm_latent"]
-    assert "plotly" in (tmp_path / "out" / "analysis.html").read_text()
+    page = (tmp_path / "out" / "analysis.html").read_text()
+    assert "Accuracy on 2 clips" in page and f"<td>{result['accuracy']['lgm']['abs_rel']:.4f}</td>" in page
+    assert "TFLOP" in page and "plotly" in page
     assert "Accuracy on 2 clips" in capsys.readouterr().out
     for extra, words in (
         (["--video-model", "embedded"], "not of this video model's (channels: 4 instead of"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -33,49 +34,80 @@ def without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+Grid = tuple[str, list[str], list[list[str]]]  # title, header, rows
+
+
+def tables(result: Mapping[str, Any]) -> list[Grid]:
+    """What was measured, as the terminal and the page show it."""
+    found: list[Grid] = []
+    if "accuracy" in result:
+        accuracy = result["accuracy"]
+        who = [name for name in ("lgm", "rgb", "ratio", "lgm_against_rgb") if name in accuracy]
+        names = [name for name in SHOWN if name in accuracy["lgm_against_rgb"]]
+        header = ["error", *(name.replace("_", " ") for name in who)]
+        rows = [[name, *(_number(accuracy[w].get(name)) for w in who)] for name in names]
+        found.append((f"Accuracy on {accuracy['clips']} clips ({result['reference']})", header, rows))
+    if "noise" in result:
+        noise = result["noise"]
+        names = [name for name in SHOWN if name in noise["lgm"]]
+        lgm, decoded = noise["lgm"], noise["decode_then_rgb"]
+        rows = [
+            [f"{level:g}", *(f"{_number(lgm[n][i])} / {_number(decoded[n][i])}" for n in names)]
+            for i, level in enumerate(noise["levels"])
+        ]
+        found.append(("Errors against latent noise: LGM / decode, then the RGB model", ["noise", *names], rows))
+    for title, paths in result.get("cost", {}).items():
+        header = ["path", "TFLOP", "of rgb", "seconds", "of rgb", "peak GiB"]
+        rows = [[name, *_cost(row)] for name, row in paths.items()]
+        found.append((f"Cost of one clip's geometry: {title}", header, rows))
+    return found
+
+
+def _cost(row: Mapping[str, Any]) -> list[str]:
+    peak = row.get("peak_bytes")
+    return [
+        f"{row['flops'] / 1e12:.3g}", f"{row['flops_of_rgb']:.3f}", _number(row.get("seconds")),
+        _number(row.get("time_of_rgb")), _number(None if peak is None else peak / 2**30),
+    ]  # fmt: skip
+
+
 def _print(result: Mapping[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
-    if "accuracy" in result:
-        accuracy = result["accuracy"]
-        who = [name for name in ("lgm", "rgb", "ratio", "lgm_against_rgb") if name in accuracy]
-        table = Table(title=f"Accuracy on {accuracy['clips']} clips ({result['reference']})")
-        for column in ("error", *(name.replace("_", " ") for name in who)):
+    for title, header, rows in tables(result):
+        table = Table(title=title)
+        for column in header:
             table.add_column(column, justify="right")
-        for name in SHOWN:
-            if name in accuracy["lgm_against_rgb"]:
-                table.add_row(name, *(_number(accuracy[w].get(name)) for w in who))
-        console.print(table)
-    if "noise" in result:
-        noise = result["noise"]
-        table = Table(title="Errors against latent noise: LGM / decode, then the RGB model")
-        names = [name for name in SHOWN if name in noise["lgm"]]
-        for column in ("noise", *names):
-            table.add_column(column, justify="right")
-        for i, level in enumerate(noise["levels"]):
-            pairs = [f"{_number(noise['lgm'][n][i])} / {_number(noise['decode_then_rgb'][n][i])}" for n in names]
-            table.add_row(f"{level:g}", *pairs)
-        console.print(table)
-    for title, rows in result.get("cost", {}).items():
-        table = Table(title=f"Cost of one clip's geometry: {title}")
-        for column in ("path", "TFLOP", "of rgb", "seconds", "of rgb", "peak GiB"):
-            table.add_column(column, justify="right")
-        for name, row in rows.items():
-            peak = row.get("peak_bytes")
-            table.add_row(
-                name, f"{row['flops'] / 1e12:.3g}", f"{row['flops_of_rgb']:.3f}", _number(row.get("seconds")),
-                _number(row.get("time_of_rgb")), _number(None if peak is None else peak / 2**30),
-            )  # fmt: skip
-        console.print(table)
+        for row in rows:
+            table.add_row(*row)
+        Console().print(table)
 
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
+STYLE = (
+    "body{font-family:system-ui,sans-serif;max-width:1600px;margin:2rem auto;padding:0 1rem;color:#222}"
+    "h1{font-size:1.3rem}h2{font-size:1rem;margin-top:2rem}table{border-collapse:collapse}"
+    "td,th{padding:.25rem .8rem;text-align:right;border-bottom:1px solid #ddd}.wide{overflow-x:auto}"
+)
+
+
 def _draw(path: Path, result: Mapping[str, Any]) -> None:
+    parts = [f"<h1>{escape(str(result['lgm']))} ({escape(result['reference'])})</h1>"]
+    for title, header, rows in tables(result):
+        lines = [[f"<th>{escape(cell)}</th>" for cell in header], *([f"<td>{escape(c)}</td>" for c in r] for r in rows)]
+        body = "".join(f"<tr>{''.join(line)}</tr>" for line in lines)
+        parts.append(f'<h2>{escape(title)}</h2><div class="wide"><table>{body}</table></div>')
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><style>{STYLE}</style>'
+    title = "<title>Analysis of a Latent Geometry Model</title>"
+    atomic_write(path, f"<!doctype html>{head}{title}{''.join(parts)}{_figure(result)}")
+
+
+def _figure(result: Mapping[str, Any]) -> str:
+    """Errors against noise, and operations, where they were measured."""
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
 
@@ -83,7 +115,7 @@ def _draw(path: Path, result: Mapping[str, Any]) -> None:
     names = [name for name in SHOWN if noise and name in noise["lgm"]]
     titles = [f"{name} against latent noise" for name in names] + [f"TFLOP: {title}" for title in cost]
     if not titles:
-        titles = ["accuracy"]
+        return ""
     columns = min(3, len(titles))
     rows = -(-len(titles) // columns)
     figure = make_subplots(rows, columns, subplot_titles=titles)
@@ -102,11 +134,5 @@ def _draw(path: Path, result: Mapping[str, Any]) -> None:
     for i, table in enumerate(cost.values(), len(names)):
         bars = go.Bar(x=list(table), y=[r["flops"] / 1e12 for r in table.values()], showlegend=False)
         figure.add_trace(bars, i // columns + 1, i % columns + 1)
-    if "accuracy" in result and not names and not cost:
-        values = result["accuracy"]["lgm_against_rgb"]
-        figure.add_trace(go.Bar(x=list(values), y=list(values.values())), 1, 1)
-    figure.update_layout(
-        title=f"{result['lgm']} ({result['reference']})", width=520 * columns, height=420 * rows,
-        template="plotly_white",
-    )  # fmt: skip
-    atomic_write(path, figure.to_html(include_plotlyjs=True, full_html=True))
+    figure.update_layout(height=420 * rows, template="plotly_white")
+    return figure.to_html(include_plotlyjs=True, full_html=False)
