@@ -39,7 +39,7 @@ def test_the_command_on_real_files(tmp_path, capsys):
     assert len(result["noise"]["lgm"]["abs_rel"]) == len(result["noise"]["levels"])
     assert list(result["cost"]["5x32x48, this LGM"]) == ["rgb", "lgm_latent"]
     page = (tmp_path / "out" / "analysis.html").read_text()
-    assert "Accuracy on 2 clips" in page and f"<td>{result['accuracy']['lgm']['abs_rel']:.4f}</td>" in page
+    assert "Accuracy on 2 clips" in page and f"<td>{result['accuracy']['lgm_against_rgb']['abs_rel']:.4f}</td>" in page
     assert "TFLOP" in page and "plotly" in page
     assert "Accuracy on 2 clips" in capsys.readouterr().out
     for extra, words in (
