@@ -164,3 +164,15 @@ def test_marginals_on_a_gaussian_with_exact_velocity(variant, expected):
         else:
             x = sde_step(x, velocity, t, t_next, noise_level=0.7, variant=variant, **OPTIONS[variant]).next_sample
     assert abs(float(x.std()) / expected - 1) < 0.01
+
+
+@pytest.mark.parametrize(
+    "t, t_next",
+    [(0, 1), (0.5, 0.5), (1.5, 0.2), (torch.tensor([0.9, 0.2]), torch.tensor([0.5, 0.5])), (0.5, torch.tensor(-0.1)),
+     (float("nan"), 0.1)],
+)  # fmt: skip
+def test_times_run_from_one_to_zero(t, t_next):
+    x = torch.zeros(2, 1, 1, 2, 2)
+    with pytest.raises(UserError, match="times must be 0 <= t_next < t <= 1"):
+        sde_step(x, x, t, t_next, noise_level=0.7)
+    assert sde_step(x, x, 1, 0.5, noise_level=0.7).mean.isfinite().all()

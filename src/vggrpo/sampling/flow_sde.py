@@ -144,8 +144,13 @@ def sde_step(
 
 
 def _check_step(t: float | Tensor, t_next: float | Tensor, noise_level: float, variant: str) -> None:
-    if isinstance(t, float) and isinstance(t_next, float) and not 0 <= t_next < t <= 1:
-        raise UserError(f"times must be 0 <= t_next < t <= 1, got t {t} and t_next {t_next}")
+    known = not any(
+        isinstance(time, Tensor) and time.device.type != "cpu" for time in (t, t_next)
+    )  # asking a GPU waits
+    if known:
+        now, then = torch.as_tensor(t), torch.as_tensor(t_next)
+        if not ((then >= 0) & (then < now) & (now <= 1)).all():
+            raise UserError(f"times must be 0 <= t_next < t <= 1, got t {t} and t_next {t_next}")
     if noise_level <= 0 and variant != "flow_grpo_wan":
         raise UserError(
             f"noise_level must be > 0, got {noise_level}: a deterministic step has no log-probability; use ode_step"
