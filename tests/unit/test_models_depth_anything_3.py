@@ -14,10 +14,10 @@ from torch import Tensor
 from vggrpo.errors import UserError
 from vggrpo.geometry import GeometryPrediction, invert_se3
 from vggrpo.lgm import LatentGeometryModel, LGMConfig
-from vggrpo.models import GeometryModel, depth_anything_3, dpt, load_geometry_model
-from vggrpo.models import depth_anything_3_layers as layers
-from vggrpo.models.depth_anything_3 import DepthAnything3, DepthAnything3Config
-from vggrpo.models.depth_anything_3_layers import AnyViewDino
+from vggrpo.models import GeometryModel, depth_anything3, dpt, load_geometry_model
+from vggrpo.models import depth_anything3_layers as layers
+from vggrpo.models.depth_anything3 import DepthAnything3, DepthAnything3Config
+from vggrpo.models.depth_anything3_layers import AnyViewDino
 from vggrpo.models.dinov2 import DinoConfig
 
 GRID = (3, 5)
@@ -89,7 +89,7 @@ def test_names_and_shapes_are_those_of_the_public_checkpoints(size: str) -> None
     with torch.device("meta"):
         model = DepthAnything3(DepthAnything3Config.of_size(size))
     ours = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    left_out = {name for name in public if depth_anything_3._LEFT_OUT.search(name)}
+    left_out = {name for name in public if depth_anything3._LEFT_OUT.search(name)}
     assert ours == {name: shape for name, shape in public.items() if name not in left_out}
     assert all(name.startswith("cam_enc.") or "_aux." in name for name in left_out)
 

@@ -130,7 +130,7 @@ class LatentGeometryModel(nn.Module):
                 )
 
     def add_lora(self) -> None:
-        """Freeze the geometry model and put a trainable LoRA on its layers; on those before the stitch point it idles."""
+        """Freeze the geometry model and put a trainable LoRA on its layers (before the stitch point it idles)."""
         self.geometry.requires_grad_(False)
         if self.config.lora_rank:
             lora = LoraConfig(

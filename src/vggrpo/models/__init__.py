@@ -14,7 +14,7 @@ _HOMES = {
     "WanVideoModel": "wan",
     "VGGT": "vggt",
     "Any4D": "any4d",
-    "DepthAnything3": "depth_anything_3",
+    "DepthAnything3": "depth_anything3",
     "AttributeClassifier": "attributes",
 }
 

@@ -26,7 +26,7 @@ _BACKENDS = {
     "vggt": ("vggrpo.models.vggt", "VGGT", "aggregator.camera_token"),
     "any4d": ("vggrpo.models.any4d", "Any4D", "scene_flow_dpt_regressor_head.conv1.weight"),
     "depth_anything_3": (
-        "vggrpo.models.depth_anything_3",
+        "vggrpo.models.depth_anything3",
         "DepthAnything3",
         "model.backbone.pretrained.camera_token",
     ),

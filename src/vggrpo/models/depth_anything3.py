@@ -33,7 +33,7 @@ from vggrpo.models.border import (
     rigid,
     rotation_from_xyzw,
 )
-from vggrpo.models.depth_anything_3_layers import AnyViewDino, CameraDecoder
+from vggrpo.models.depth_anything3_layers import AnyViewDino, CameraDecoder
 from vggrpo.models.dinov2 import DinoConfig
 from vggrpo.models.dpt import MapHead
 from vggrpo.models.pretrained import build, write_pretrained
