@@ -268,11 +268,3 @@ def test_views_in_parts_are_views_at_once(monkeypatch: pytest.MonkeyPatch, leave
         assert views % 2 and views > 2  # the last part is smaller
         for part, expected in zip(seen(), whole, strict=True):
             torch.testing.assert_close(part, expected, rtol=1e-12, atol=1e-15)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_agrees_with_the_cpu() -> None:
-    room = wobble(clips(list(MOVES)), 1.0, "depth").to(dtype=torch.float32)
-    here, there = consistency(room), consistency(room.to("cuda"))
-    assert there.value.is_cuda
-    torch.testing.assert_close(there.value.cpu(), here.value, rtol=1e-4, atol=1e-4)
