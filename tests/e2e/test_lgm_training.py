@@ -69,6 +69,8 @@ def test_the_result_is_an_lgm_with_its_manifest(place):
     model = LatentGeometryModel.from_pretrained(place / "whole" / "lgm")
     assert (model.config.latent_channels, model.config.temporal_stride, model.config.spatial_stride) == (3, 4, 8)
     assert model.config.layer == json.loads((place / "whole" / "search.json").read_text())["chosen"]
+    card = json.loads((place / "whole" / "lgm" / "card.json").read_text())
+    assert card["trained_on"]["videos"] == str(place / "videos") and card["trained_on"]["generated_share"] == 0
     with torch.no_grad():
         out = model(torch.zeros(1, 3, 3, 4, 6))
     assert out.depth.shape == (1, 3, *SIZE)
@@ -149,6 +151,9 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(place):
         assert not (place / "new-cache").exists()
     with pytest.raises(UserError, match="another clip size"):
         train(place, "new", "clips.width=64")
+    write_videos(place / "more", 6)  # files of the same names
+    with pytest.raises(UserError, match=r"another clips\.videos"):
+        train(place, "new", f"clips.videos={place / 'more'}")
     teacher(7).save_pretrained(place / "other")
     with pytest.raises(UserError, match="another teacher"):
         train(place, "new", f"geometry.path={place / 'other'}")

@@ -75,6 +75,7 @@ def train_lgm(config: TrainLGMConfig, *, search_only: bool = False, progress: bo
             "heldout_errors_against_teacher": errors,
             "updates": config.updates,
             "clips": len(material.train),
+            "trained_on": config.clips.model_dump(mode="json"),
             "geometry_licence": geometry_licence(output / "lgm"),
         }
         atomic_write_json(output / "lgm" / "card.json", card)
