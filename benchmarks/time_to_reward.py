@@ -1,7 +1,7 @@
 """Seconds until a held-out reward is reached: our trainer with a window against flow_grpo's own loop.
 
     python benchmarks/time_to_reward.py PATH/TO/flow_grpo [--pipeline DIR] [--videos 8] [--steps 6] [--updates 40]
-        [--gain 1.0] [--clock processor]
+        [--gain 1.0] [--seeds 3] [--clock processor]
 
 Equal for both: the transformer, LoRA with its random start (peft's two ways of drawing it differ by a factor that
 decides how far a first step goes), learning rate, KL, K videos of one prompt an update, rewards and advantages. Ours
@@ -11,7 +11,8 @@ every step but the last, one after the other, under gradient checkpointing, as i
 (`against_flow_grpo.py`). The reward is the mean of the clean latents' first channel: it costs nothing, so that only the
 trainers' own time counts, and any policy gradient that works raises it. It is measured after every update, untimed, on
 deterministic clips of another prompt and of seeds that are never trained on, by one function for both. The goal is the
-base model's held-out reward plus `--gain` standard deviations of its clips. Prints JSON.
+base model's held-out reward plus `--gain` standard deviations of its clips. A seed draws the LoRA's start and all noise
+anew. Prints JSON.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from types import ModuleType
 from typing import Any
 
@@ -107,13 +109,15 @@ def held_out(velocity: Velocity, text: Tensor, sigmas: Tensor, shape: tuple[int,
     return reward(x)
 
 
-def train(side: Any, evaluate: Callable[[Any], Tensor], goal: float, updates: int, clock: str) -> dict[str, Any]:
+def train(
+    side: Any, evaluate: Callable[[Any], Tensor], goal: float, updates: int, clock: str, seed: int
+) -> dict[str, Any]:
     """Updates, seconds by stage and held-out rewards until the goal."""
     stages = {"roll-out": 0.0, "replay and step": 0.0}
     curve: list[float] = []
     reached = False
     while len(curve) < updates and not reached:
-        number = len(curve)
+        number = len(curve) + 10_000 * seed
         rolled, kept = PEER.seconds(lambda number=number: side.roll_out(number), clock)
         rewards = reward(side.clips(kept))
         advantages = group_advantages(rewards[None], torch.zeros(len(rewards), dtype=torch.long))
@@ -171,16 +175,23 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         "goal": goal,
     }
     config, peers = (settings(arguments.videos, arguments.steps, n, arguments.learning_rate) for n in (2, 0))
-    ours = OurWindow(config, text, torch.zeros(arguments.videos, *shape), pipeline)
-    theirs = TheirLoop(arguments.flow_grpo, peers, text, pipeline)
-    copy_adapter(ours.model.transformer, theirs.pipeline.transformer)
-    for name, side in (("ours", ours), ("theirs", theirs)):
-        result[name] = train(
-            side, lambda side: held_out(side.velocity, other, sigmas, shape), goal, arguments.updates, arguments.clock
-        )
-    if result["ours"]["reached"] and result["theirs"]["reached"]:
-        result["theirs_over_ours"] = result["theirs"]["seconds"] / result["ours"]["seconds"]
-    return result
+    runs = []
+    for seed in range(arguments.seeds):
+        torch.manual_seed(seed)
+        ours = OurWindow(config, text, torch.zeros(arguments.videos, *shape), pipeline)
+        theirs = TheirLoop(arguments.flow_grpo, peers, text, pipeline)
+        copy_adapter(ours.model.transformer, theirs.pipeline.transformer)
+        run: dict[str, Any] = {"seed": seed}
+        for name, side in (("ours", ours), ("theirs", theirs)):
+            evaluate: Callable[[Any], Tensor] = lambda side: held_out(side.velocity, other, sigmas, shape)  # noqa: E731
+            run[name] = train(side, evaluate, goal, arguments.updates, arguments.clock, seed)
+        if run["ours"]["reached"] and run["theirs"]["reached"]:
+            run["theirs_over_ours"] = run["theirs"]["seconds"] / run["ours"]["seconds"]
+        runs.append(run)
+    ratios = [run["theirs_over_ours"] for run in runs if "theirs_over_ours" in run]
+    if len(ratios) == len(runs):
+        result |= {"theirs_over_ours": {"median": median(ratios), "least": min(ratios), "most": max(ratios)}}
+    return result | {"runs": runs}
 
 
 def main() -> None:
@@ -192,6 +203,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--updates", type=int, default=40, help="give up after so many")
     parser.add_argument("--gain", type=float, default=1.0)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--clock", choices=list(PEER.CLOCKS), default="processor")
     arguments = parser.parse_args()

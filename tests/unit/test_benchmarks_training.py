@@ -118,10 +118,11 @@ def test_time_to_a_reward_stops_at_the_goal_and_counts_the_trainers_work_alone()
             self.level += 1.0
 
     side = Side()
-    result = script.train(side, lambda side: torch.full((3,), side.level), goal=3.0, updates=10, clock="wall")
+    result = script.train(side, lambda side: torch.full((3,), side.level), goal=3.0, updates=10, clock="wall", seed=2)
+    assert side.calls == [("roll-out", 20_000 + number) for number in range(3)]  # no noise of another seed
     assert result["reached"] and result["updates"] == 3 and result["held_out"] == [1.0, 2.0, 3.0]
     assert result["seconds"] == pytest.approx(result["roll-out"] + result["replay and step"])
-    assert not script.train(Side(), lambda side: torch.zeros(3), goal=3.0, updates=2, clock="wall")["reached"]
+    assert not script.train(Side(), lambda side: torch.zeros(3), goal=3.0, updates=2, clock="wall", seed=0)["reached"]
 
 
 def test_held_out_clips_are_the_deterministic_ones_of_fixed_seeds():

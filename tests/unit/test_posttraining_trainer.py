@@ -23,6 +23,7 @@ from vggrpo.checkpoint import load_latest
 from vggrpo.config import load_config
 from vggrpo.errors import UserError
 from vggrpo.geometry import GeometryPrediction
+from vggrpo.models.wan import WanVideoModel
 from vggrpo.posttraining import train as run_training
 from vggrpo.posttraining import trainer
 from vggrpo.posttraining.grpo import GRPO
@@ -174,6 +175,19 @@ def test_a_ratio_off_one_is_recomputed_and_said(tiny_wan_dir, tmp_path, monkeypa
     train(tiny_wan_dir, tmp_path, ["grpo.inner_updates=1"])
     assert "recomputed" in caplog.text
     assert all(row["ratio_deviation"] < 1e-5 for row in rows(tmp_path))
+
+
+def test_a_network_that_never_repeats_itself_is_refused(tiny_wan_dir, tmp_path, monkeypatch):
+    plain = WanVideoModel.predict_velocity
+
+    def noisy(self, *arguments):
+        velocity = plain(self, *arguments)
+        return velocity + 0.1 * torch.randn_like(velocity)  # as dropout that was left on
+
+    monkeypatch.setattr(WanVideoModel, "predict_velocity", noisy)
+    with pytest.raises(UserError, match="not deterministic; switch off dropout"):
+        train(tiny_wan_dir, tmp_path, ["grpo.inner_updates=1"])
+    assert load_latest(tmp_path / "checkpoints") is None
 
 
 def test_out_of_memory_names_the_settings(tiny_wan_dir, tmp_path, monkeypatch):
