@@ -111,6 +111,14 @@ def test_results_carry_intervals_budgets_and_the_machine(tmp_path):
     assert greenish > 50 and reddish > 50
 
 
+def test_results_say_how_far_vggrpo_is_ahead(tmp_path):
+    against = {"rival": {"epipolar_inliers": entry(0.2, 0.05), "judge_reprojection": entry(0.1, 0.2, higher=False)}}
+    text = write_results(tmp_path, "main", results() | {"against": against}).read_text()
+    section = text.split("## VGGRPO against each arm")[1].split("##")[0]
+    assert "| arm | epipolar_inliers | judge_reprojection |" in section
+    assert "| rival | +0.2 [+0.15, +0.25] ▲ | +0.1 [-0.1, +0.3] |" in section
+
+
 def test_studies_become_tables(tmp_path):
     found = {
         "reference": "the truth",

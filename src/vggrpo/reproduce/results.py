@@ -61,8 +61,21 @@ def _markdown(result: Mapping[str, Any], picture: str) -> str:
             cells = " | ".join(difference_cell(row["metrics"].get(name)) for name in names)
             lines += [f"| {arm} | {cells} | {number_cell(row['motion_ratio'])} | {'yes' if row['counts'] else 'no'} |"]
         lines += [""]
+    lines += _against(result.get("against", {}))
     lines += [*_exactly_off(result["sets"]), *_budgets(result["arms"]), *_lgms(result["arms"])]
     return "\n".join([*lines, *footer(result)]) + "\n"
+
+
+def _against(rivals: Mapping[str, Any]) -> list[str]:
+    """VGGRPO minus each other trained arm, over the prompts of all sets."""
+    names = [name for name in SHOWN if any(name in metrics for metrics in rivals.values())]
+    if not names:
+        return []
+    lines = ["## VGGRPO against each arm", "", "VGGRPO minus the arm, mean over all prompts [95 % interval].", ""]
+    lines += ["| arm | " + " | ".join(names) + " |", "|" + "---|" * (len(names) + 1)]
+    for arm, metrics in rivals.items():
+        lines += [f"| {arm} | " + " | ".join(difference_cell(metrics.get(name)) for name in names) + " |"]
+    return [*lines, ""]
 
 
 def _budgets(arms: Mapping[str, Any]) -> list[str]:

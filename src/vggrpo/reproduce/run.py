@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from vggrpo.errors import UserError
+from vggrpo.evaluation import compare, summarise_comparison
 from vggrpo.evaluation.benchmarks import load_prompt_sets
 from vggrpo.io.atomic import ensure_directory
 from vggrpo.models.loading import pick_device
-from vggrpo.reproduce.cells import BASE, Row, Say, compared, measured, spent, training_seeds
+from vggrpo.reproduce.cells import BASE, Row, Say, compared, measured, pooled, spent, training_seeds
 from vggrpo.reproduce.hacking import study_hacking
 from vggrpo.reproduce.lgms import about_lgm, lgm_config
-from vggrpo.reproduce.recipes import STITCHED, STUDIES, TABLES, Arm, Table
+from vggrpo.reproduce.recipes import STITCHED, STUDIES, TABLES, VGGRPO, Arm, Table
 from vggrpo.reproduce.results import machine, write_results
 from vggrpo.reproduce.settings import Settings, check_settings
 from vggrpo.reproduce.stitching import study_stitching
@@ -112,6 +113,12 @@ def _table(name: str, table: Table, folder: Path, settings: Settings, chosen: Se
     if len(sets) > 1:  # all prompts together: what a claim is made of
         result["sets"][" + ".join(sets)] = {
             arm.name: compared(arm, *everything[arm.name], sets, folder, settings) for arm in chosen
+        }
+    if VGGRPO in chosen:
+        ours = everything[VGGRPO.name][1]
+        rivals = [arm for arm in chosen if arm is not VGGRPO and arm.train is not None]
+        result["against"] = {
+            arm.name: summarise_comparison(compare(pooled(everything[arm.name][1]), pooled(ours))) for arm in rivals
         }
     for arm in chosen:
         result["arms"][arm.name] |= spent(arm, folder, settings)
