@@ -27,7 +27,7 @@ from vggrpo.config_algorithms import (
     StopConfig,
 )
 from vggrpo.config_algorithms import Section as _Section
-from vggrpo.config_loading import flatten_config, load_section
+from vggrpo.config_loading import first_difference, load_section
 from vggrpo.config_loading import recipe_path as recipe_path
 
 RESUMABLE = frozenset(
@@ -329,8 +329,4 @@ def dump_config(config: TrainConfig) -> str:
 
 def resume_difference(saved: Mapping[str, Any], current: TrainConfig) -> str | None:
     """The first field that differs and may not at resume, as "name: was X, is Y"; None if there is none."""
-    before, now = flatten_config(saved), flatten_config(current.model_dump(mode="json"))
-    for key in sorted(before.keys() | now.keys()):
-        if key not in RESUMABLE and before.get(key) != now.get(key):
-            return f"{key}: was {before.get(key)!r}, is {now.get(key)!r}"
-    return None
+    return first_difference(saved, current, RESUMABLE)

@@ -10,7 +10,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from vggrpo.config import EMBEDDED, Section
-from vggrpo.config_loading import flatten_config, load_section
+from vggrpo.config_loading import first_difference, load_section
 
 # What may change when a benchmark goes on: where and how fast it runs, and what is measured, not what is generated.
 RESUMABLE_BENCHMARK = frozenset({
@@ -98,8 +98,4 @@ def dump_benchmark_config(config: BenchmarkConfig) -> str:
 
 def benchmark_difference(saved: Mapping[str, Any], current: BenchmarkConfig) -> str | None:
     """The first field that differs and may not when a benchmark goes on, as "name: was X, is Y"."""
-    before, now = flatten_config(saved), flatten_config(current.model_dump(mode="json"))
-    for key in sorted(before.keys() | now.keys()):
-        if key not in RESUMABLE_BENCHMARK and before.get(key) != now.get(key):
-            return f"{key}: was {before.get(key)!r}, is {now.get(key)!r}"
-    return None
+    return first_difference(saved, current, RESUMABLE_BENCHMARK)

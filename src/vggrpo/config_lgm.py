@@ -10,7 +10,7 @@ import yaml
 from pydantic import Field, field_validator, model_validator
 
 from vggrpo.config import EMBEDDED, Section
-from vggrpo.config_loading import flatten_config, load_section
+from vggrpo.config_loading import first_difference, load_section
 from vggrpo.errors import UserError
 
 # What may change when a run goes on: it decides how long a run is and where it writes, not what is trained.
@@ -186,10 +186,8 @@ def check_resumable(saved: Mapping[str, Any], current: TrainLGMConfig) -> None:
     Raises:
         UserError: names the first field that differs and may not.
     """
-    before, now = flatten_config(saved), flatten_config(current.model_dump(mode="json"))
-    for key in sorted(before.keys() | now.keys()):
-        if key not in RESUMABLE_LGM and before.get(key) != now.get(key):
-            raise UserError(
-                f"{current.output} holds a run with another config ({key}: was {before.get(key)!r}, is "
-                f"{now.get(key)!r}); undo the change or set another output=DIR"
-            )
+    if difference := first_difference(saved, current, RESUMABLE_LGM):
+        raise UserError(
+            f"{current.output} holds a run with another config ({difference}); undo the change or set another "
+            "output=DIR"
+        )

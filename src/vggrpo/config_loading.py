@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -116,6 +117,24 @@ def _set(values: Mapping[str, Any], keys: Sequence[str], value: Any) -> dict[str
         inner = {"weight": inner}
     copy[keys[0]] = _set(inner if isinstance(inner, Mapping) else {}, keys[1:], value)
     return copy
+
+
+def first_difference(saved: Mapping[str, Any], current: Section, may_change: Collection[str]) -> str | None:
+    """The first field of a run's saved config that is another one now, as "name: was X, is Y"; None if there is none.
+
+    A field that the run's version did not have yet means its default.
+
+    Args:
+        saved: plain values, as they were written.
+        may_change: dotted names that do not count.
+    """
+    with suppress(ValidationError):  # what is no longer valid differs
+        saved = type(current).model_validate(saved).model_dump(mode="json")
+    before, now = flatten_config(saved), flatten_config(current.model_dump(mode="json"))
+    for key in sorted(before.keys() | now.keys()):
+        if key not in may_change and before.get(key) != now.get(key):
+            return f"{key}: was {before.get(key)!r}, is {now.get(key)!r}"
+    return None
 
 
 def flatten_config(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

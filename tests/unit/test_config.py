@@ -91,6 +91,14 @@ def test_resume_difference_names_the_field():
     saved = config.model_dump(mode="json")
     assert resume_difference(saved, load_config("tiny", ["updates=99", "output=x", "save_every=1"])) is None
     assert "optim.learning_rate: was 0.001" in resume_difference(saved, load_config("tiny", ["optim.learning_rate=1"]))
+    del saved["dpo"]["pairs_per_prompt"]  # a run of a version that did not have it
+    assert resume_difference(saved, load_config("tiny")) is None
+    assert "dpo.pairs_per_prompt: was 1, is 2" in resume_difference(
+        saved, load_config("tiny", ["dpo.pairs_per_prompt=2"])
+    )
+    saved["dpo"]["gone"] = 1
+    assert "dpo.gone: was 1, is None" in resume_difference(saved, load_config("tiny"))
+    del saved["dpo"]["gone"]
     assert "rewards" in resume_difference(saved, load_config("tiny", ["rewards={camera_motion_smoothness: 1}"]))
 
 
