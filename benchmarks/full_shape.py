@@ -5,8 +5,9 @@
     python benchmarks/full_shape.py tiny --sweep cost.html          # seconds against videos, trained steps and frames
 
 Weights, text and prompts are random, so nothing is downloaded; the transformer has the recipe's own shape. The geometry
-reader is the recipe's LGM where it is on this machine, else a stand-in of one strided convolution, whose share of the
-time then says nothing (`reward_is_a_stand_in` in the output).
+reader is the recipe's LGM where it is on this machine, else a stand-in that costs nothing and draws maps of the
+video's size: what the rewards themselves take is measured then, what the network takes is not (`reward_is_a_stand_in`
+in the output; `reward_cost.py` measures networks).
 
 `--account` runs one block under torch's fake tensors (no memory, no arithmetic) and counts the bytes that autograd
 keeps, with LoRA and merged text; `vggrpo doctor` estimates the same from a formula.
@@ -18,6 +19,7 @@ import argparse
 import json
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +27,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from torch import Tensor, nn
+from torch.nn import functional
 
 from vggrpo import assets
 from vggrpo.config import EMBEDDED, TrainConfig, load_config
@@ -243,13 +246,14 @@ def _reader(config: TrainConfig, device: torch.device) -> tuple[Callable[[Tensor
     if config.lgm.path == EMBEDDED or Path(config.lgm.path).is_dir():
         folder = assets.path("lgm") if config.lgm.path == EMBEDDED else Path(config.lgm.path)
         return LatentGeometryModel.from_pretrained(folder).to(device).eval().requires_grad_(False), False
-    return _stand_in, True
+    return partial(_stand_in, (config.data.height, config.data.width)), True
 
 
-def _stand_in(latents: Tensor) -> GeometryPrediction:
-    """Geometry that depends on the latents: one view a latent frame, a depth map of half their size."""
+def _stand_in(size: tuple[int, int], latents: Tensor) -> GeometryPrediction:
+    """Geometry that depends on the latents: one view a latent frame, depth maps of the video's (height, width), as an
+    LGM draws them; rewards cost what they will cost."""
     batch, views = latents.shape[0], latents.shape[2]
-    depth = 3 + torch.tanh(latents[:, 0, :, ::2, ::2].float()) * 0.1
+    depth = 3 + torch.tanh(functional.interpolate(latents[:, 0].float(), size, mode="bilinear")) * 0.1
     cameras = torch.eye(4, device=latents.device).repeat(batch, views, 1, 1)
     cameras[..., :3, 3] = latents.float().mean(dim=(3, 4)).transpose(1, 2)[..., :3].cumsum(1)
     cameras[:, 0] = torch.eye(4, device=latents.device)
