@@ -139,7 +139,10 @@ def test_a_plan_counts_what_the_budget_says(tmp_path, arm):
     found = budget(arm_config(arm_named(arm), Settings(), tmp_path, 0))
     reference = budget(arm_config(arm_named("vggrpo"), Settings(), tmp_path, 0))
     assert found[0] == pytest.approx(reference[0], rel=0.05)
-    assert arm == "direct" or found[1] == pytest.approx(reference[1], rel=0.05)
+    if arm in ("vggrpo", "nft"):
+        assert found[1] == pytest.approx(reference[1], rel=0.05)
+    else:  # one pass over the clips, or the last step alone
+        assert 0 < found[1] < reference[1]
     assert equal_budget(arm_config(arm_named(arm), Settings(), tmp_path, 0), 48)
 
 
