@@ -67,7 +67,7 @@ def test_exact_geometry_is_free_for_every_move_and_does_not_pay_for_standing_sti
 @pytest.mark.parametrize("leave_one_out", [False, True])
 @pytest.mark.parametrize("kind", ["depth", "points", "cameras"])
 def test_wobble_ranks(kind: str, leave_one_out: bool) -> None:
-    room = clips(list(MOVES))
+    room = clips(list(MOVES) if kind == "depth" else list(MOVES)[::2])
     levels = [0.0, 0.5, 1.0, 2.0, 4.0]
     errors = torch.stack(
         [consistency(wobble(room, pixels, kind), leave_one_out=leave_one_out).terms["e_geo"] for pixels in levels]
@@ -196,13 +196,13 @@ def test_gradcheck() -> None:
         cameras = torch.cat([top, room.cam2world[..., 3:, :]], -2)
         return consistency(GeometryPrediction.from_depth(cameras, room.intrinsics, depth), **options).value
 
-    assert gradcheck(from_depth, (room.depth.clone().requires_grad_(), offset))
+    assert gradcheck(from_depth, (room.depth.clone().requires_grad_(), offset), fast_mode=True)
 
     def from_points(points: torch.Tensor) -> torch.Tensor:
         prediction = GeometryPrediction(room.cam2world, room.intrinsics, room.depth, points, room.conf)
         return consistency(prediction, leave_one_out=True, **options).value
 
-    assert gradcheck(from_points, (room.points.clone().requires_grad_(),))
+    assert gradcheck(from_points, (room.points.clone().requires_grad_(),), fast_mode=True)
 
 
 def test_descending_the_error_mends_a_camera() -> None:
@@ -241,7 +241,7 @@ def test_the_embedded_world_is_consistent_for_every_camera_move() -> None:
 
     errors, travel = [], []
     for number, move in enumerate(CAMERA_MOVES):
-        batch = sample_batch(range(10 * number, 10 * number + 2), size=SIZE, camera=move, supersample=1)
+        batch = sample_batch([10 * number], size=SIZE, camera=move, supersample=1)
         reward = consistency(batch.geometry())
         assert reward.valid.all()
         errors.append(reward.terms["e_geo"])
