@@ -176,6 +176,10 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     }
     config, peers = (settings(arguments.videos, arguments.steps, n, arguments.learning_rate) for n in (2, 0))
     runs = []
+
+    def evaluate(side: Any) -> Tensor:
+        return held_out(side.velocity, other, sigmas, shape)
+
     for seed in range(arguments.seeds):
         torch.manual_seed(seed)
         ours = OurWindow(config, text, torch.zeros(arguments.videos, *shape), pipeline)
@@ -183,7 +187,6 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         copy_adapter(ours.model.transformer, theirs.pipeline.transformer)
         run: dict[str, Any] = {"seed": seed}
         for name, side in (("ours", ours), ("theirs", theirs)):
-            evaluate: Callable[[Any], Tensor] = lambda side: held_out(side.velocity, other, sigmas, shape)  # noqa: E731
             run[name] = train(side, evaluate, goal, arguments.updates, arguments.clock, seed)
         if run["ours"]["reached"] and run["theirs"]["reached"]:
             run["theirs_over_ours"] = run["theirs"]["seconds"] / run["ours"]["seconds"]
