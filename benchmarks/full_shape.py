@@ -2,7 +2,7 @@
 
     python benchmarks/full_shape.py wan2.1-t2v-1.3b data.num_frames=33 grpo.samples_per_prompt=8 [key=value ...]
     python benchmarks/full_shape.py wan2.1-t2v-1.3b --account       # without a GPU: count what autograd would keep
-    python benchmarks/full_shape.py tiny --sweep cost.html          # seconds against videos, trained steps and frames
+    python benchmarks/full_shape.py tiny --sweep cost.png           # seconds against videos, trained steps and tokens
 
 Weights, text and prompts are random, so nothing is downloaded; the transformer has the recipe's own shape. The geometry
 reader is the recipe's LGM where it is on this machine, else a stand-in that costs nothing and draws maps of the
@@ -17,13 +17,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import cv2
+import numpy as np
 import torch
 from peft import LoraConfig
 from torch import Tensor, nn
@@ -34,6 +38,7 @@ from vggrpo.config import EMBEDDED, TrainConfig, load_config
 from vggrpo.config_algorithms import least_micro_batch
 from vggrpo.distributed import Processes
 from vggrpo.geometry import GeometryPrediction
+from vggrpo.io.atomic import atomic_write
 from vggrpo.models.base import LatentSpec
 from vggrpo.models.loading import pick_device
 from vggrpo.models.memory import TransformerShape, block_values, pipeline_shape, training_memory
@@ -41,6 +46,7 @@ from vggrpo.models.wan import WanVideoModel
 from vggrpo.posttraining.algorithm import Context
 from vggrpo.posttraining.grpo import GRPO
 from vggrpo.posttraining.policy import Policy
+from vggrpo.reproduce.curves import panel
 from vggrpo.tracking import Stopwatch
 
 TEXT_DIM, TEXT_TOKENS = 4096, 60
@@ -159,8 +165,8 @@ def _become_fake(module: nn.Module) -> None:
                 tensors[name] = fake
 
 
-def measure(config: TrainConfig) -> dict[str, Any]:
-    """Seconds by stage, peak memory and the reward's share of one update, after one that warms up."""
+def _grpo(config: TrainConfig) -> tuple[GRPO, torch.device, bool]:
+    """The algorithm with random weights of the recipe's shape, its device, and whether the reward is a stand-in."""
     device = pick_device(config.model.device)
     shape = _shape(config)
     with device:
@@ -175,7 +181,13 @@ def measure(config: TrainConfig) -> dict[str, Any]:
         has_first_frames=False,
     )
     prompts = [f"prompt {i}" for i in range(2 * config.grpo.prompts_per_update)]
-    grpo = GRPO(Context(config, model, policy, reader, prompts, conditions, processes))  # type: ignore[arg-type]
+    context = Context(config, model, policy, reader, prompts, conditions, processes)  # type: ignore[arg-type]
+    return GRPO(context), device, stand_in
+
+
+def measure(config: TrainConfig) -> dict[str, Any]:
+    """Seconds by stage, peak memory and the reward's share of one update, after one that warms up."""
+    grpo, device, stand_in = _grpo(config)
     result: dict[str, Any] = {}
     for number in range(2):
         if device.type == "cuda":
@@ -190,7 +202,7 @@ def measure(config: TrainConfig) -> dict[str, Any]:
     return result | {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "videos": videos,
-        "tokens": shape.tokens(config.data.num_frames, config.data.height, config.data.width),
+        "tokens": _shape(config).tokens(config.data.num_frames, config.data.height, config.data.width),
         "reward_share": result["seconds/reward"] / result["seconds/total"],
         "reward_is_a_stand_in": stand_in,
         "grad_norm": metrics["grad_norm"],
@@ -198,42 +210,57 @@ def measure(config: TrainConfig) -> dict[str, Any]:
     }
 
 
-def sweep(recipe: str, overrides: Sequence[str], plot: Path) -> dict[str, Any]:
-    """Seconds of an update without its reward, with one of videos, trained steps and latent frames at once, twice and
-    three times the recipe's; R^2 of the straight line through them. Writes a plot."""
-    base = load_config(recipe, overrides)
+def sweep(recipe: str, overrides: Sequence[str], plot: Path, repeats: int = 3) -> dict[str, Any]:
+    """Seconds of an update with one of videos, trained steps and tokens at once to four times the recipe's.
+
+    Of the reward only the stand-in is paid for. On a CPU these are seconds of the process, which other work on the
+    machine does not add to; the median of `repeats` updates. Writes a plot with the straight line through the points,
+    whose R^2 is in the result.
+    """
+    base = load_config(recipe, [*overrides, "lgm.path=none"])
     k, window, frames = base.grpo.samples_per_prompt, base.sampling.window, (base.data.num_frames - 1) // 4 + 1
+    tokens = _shape(base).tokens(base.data.num_frames, base.data.height, base.data.width)
+    factors = (1, 2, 3, 4)
+    steps = {"num_steps": 4 * window + 1, "window_last": 4 * window - 1}
     axes = {
-        "videos a group": [f"grpo.samples_per_prompt={k * n}" for n in (1, 2, 3)],
-        "trained steps": [
-            f"sampling={{num_steps: {3 * window + 1}, window: {window * n}, window_last: {3 * window - 1}}}"
-            for n in (1, 2, 3)
-        ],
-        "latent frames": [f"data.num_frames={4 * (frames * n - 1) + 1}" for n in (1, 2, 3)],
+        "videos a group": (k, [f"grpo.samples_per_prompt={k * n}" for n in factors]),
+        "trained steps": (window, [f"sampling={steps | {'window': window * n}}" for n in factors]),
+        "tokens": (tokens, [f"data.num_frames={4 * (frames * n - 1) + 1}" for n in factors]),
     }
     result: dict[str, Any] = {}
-    for axis, settings in axes.items():
-        times = []
-        for setting in settings:
-            measured = measure(load_config(recipe, [*overrides, "lgm.path=none", setting]))
-            times.append(measured["seconds/total"] - measured["seconds/reward"])
-        result[axis] = {"seconds": times, "r2_of_a_line": _linearity(times)}
-    from plotly import graph_objects
-
-    figure = graph_objects.Figure()
-    for axis, values in result.items():
-        figure.add_scatter(x=[1, 2, 3], y=values["seconds"], name=f"{axis}, R2 {values['r2_of_a_line']:.3f}")
-    figure.update_layout(title=f"one update of {recipe}", xaxis_title="times the recipe's", yaxis_title="seconds")
-    plot.write_text(figure.to_html(include_plotlyjs="cdn"), encoding="utf-8")
+    for axis, (one, settings) in axes.items():
+        configs = [load_config(recipe, [*overrides, "lgm.path=none", setting]) for setting in settings]
+        times = [statistics.median(_update_seconds(config, repeats)) for config in configs]
+        result[axis] = {"sizes": [one * n for n in factors], "seconds": times, "r2_of_a_line": _line(times)[1]}
+    panels = []
+    for axis, found in result.items():
+        measured = list(zip(found["sizes"], found["seconds"], strict=True))
+        line = list(zip(found["sizes"], _line(found["seconds"])[0], strict=True))
+        panels.append(panel("seconds an update", {"straight line": line, "measured": measured}, [], [], unit=axis))
+    atomic_write(plot, cv2.imencode(".png", np.concatenate(panels, axis=1))[1].tobytes())
     return result
 
 
-def _linearity(times: Sequence[float]) -> float:
-    """R^2 of the least-squares line through equally spaced points."""
+def _update_seconds(config: TrainConfig, repeats: int) -> list[float]:
+    grpo, device = _grpo(config)[:2]
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
+    seconds = []
+    for number in range(1 + repeats):  # the first one warms up
+        watch, start = Stopwatch(device), clock()
+        with watch.stage("total"):  # waits for a GPU
+            metrics = grpo.update(number, watch)
+        seconds.append(clock() - start)
+        if not metrics["grad_norm"]:
+            raise SystemExit("nothing was trained: no reward was valid; take clips of at least three latent frames")
+    return seconds[1:]
+
+
+def _line(times: Sequence[float]) -> tuple[list[float], float]:
+    """The least-squares line at equally spaced points, and its R^2."""
     y = torch.tensor(times, dtype=torch.float64)
     x = torch.stack([torch.ones_like(y), torch.arange(len(y), dtype=torch.float64)], dim=1)
-    rest = y - x @ torch.linalg.lstsq(x, y[:, None]).solution[:, 0]
-    return float(1 - rest.square().sum() / (y - y.mean()).square().sum())
+    line = x @ torch.linalg.lstsq(x, y[:, None]).solution[:, 0]
+    return line.tolist(), float(1 - (y - line).square().sum() / (y - y.mean()).square().sum())
 
 
 def _shape(config: TrainConfig) -> TransformerShape:
@@ -268,7 +295,7 @@ def main() -> None:
     parser.add_argument("recipe", help="a recipe's name or file")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--account", action="store_true", help="count memory without a GPU")
-    parser.add_argument("--sweep", type=Path, metavar="HTML", help="cost against size, with a plot")
+    parser.add_argument("--sweep", type=Path, metavar="PNG", help="cost against size, with a plot")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         overrides = ["stop={}", *arguments.overrides, f"output={folder}"]

@@ -66,8 +66,8 @@ def test_one_update_in_small(benchmark, monkeypatch):
 
 
 def test_linearity(benchmark):
-    assert benchmark._linearity([1.0, 3.0, 5.0]) == pytest.approx(1)
-    assert benchmark._linearity([1.0, 1.0, 4.0]) == pytest.approx(0.75)
+    assert benchmark._line([1.0, 3.0, 5.0]) == (pytest.approx([1.0, 3.0, 5.0]), pytest.approx(1))
+    assert benchmark._line([1.0, 1.0, 4.0])[1] == pytest.approx(0.75)
 
 
 def test_the_peers_loop_is_compiled_from_its_source(tmp_path):

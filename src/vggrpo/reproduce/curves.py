@@ -61,11 +61,17 @@ def _numbered(values: Sequence[float | None]) -> Points:
     return [(i + 1, value) for i, value in enumerate(values)]
 
 
-def panel(title: str, curves: Mapping[str, Points], limits: Sequence[float], calls: Sequence[int | None]) -> np.ndarray:
+def panel(
+    title: str,
+    curves: Mapping[str, Points],
+    limits: Sequence[float],
+    calls: Sequence[int | None],
+    unit: str = "updates",
+) -> np.ndarray:
     """One diagram (HEIGHT, WIDTH, 3) uint8 BGR.
 
     Args:
-        curves: by name, (update, value); None is left out.
+        curves: by name, (x, value), x in `unit`; None is left out.
         limits: horizontal dashes.
         calls: upright lines; None is left out.
     """
@@ -87,7 +93,7 @@ def panel(title: str, curves: Mapping[str, Points], limits: Sequence[float], cal
     cv2.line(canvas, (MARGIN, HEIGHT - 28), (WIDTH - 8, HEIGHT - 28), _GREY, 1)
     for y in (low, high):
         _text(canvas, f"{y:.3g}", 2, at(0, y)[1] + 4)
-    _text(canvas, f"{last:g} updates", WIDTH - 90, HEIGHT - 8)
+    _text(canvas, f"{last:g} {unit}", WIDTH - 8 - 7 * len(f"{last:g} {unit}"), HEIGHT - 8)
     for limit in limits:
         for x in range(MARGIN, WIDTH - 12, 10):
             cv2.line(canvas, (x, at(0, limit)[1]), (x + 5, at(0, limit)[1]), _GREY, 1)
