@@ -5,9 +5,9 @@
     python benchmarks/full_shape.py tiny --sweep cost.png           # seconds against videos, trained steps and tokens
 
 Weights, text and prompts are random, so nothing is downloaded; the transformer has the recipe's own shape. The geometry
-reader is the recipe's LGM where it is on this machine, else a stand-in that costs nothing and draws maps of the
-video's size: what the rewards themselves take is measured then, what the network takes is not (`reward_is_a_stand_in`
-in the output; `reward_cost.py` measures networks).
+reader is the recipe's LGM where it is on this machine; else, on a GPU, an LGM of Any4D's full size with random weights,
+which is paid for and not listened to; else nothing but maps of the video's size (`geometry_reader` in the output says
+which). The rewards are computed in any case.
 
 `--account` runs one block under torch's fake tensors (no memory, no arithmetic) and counts the bytes that autograd
 keeps, with LoRA and merged text; `vggrpo doctor` estimates the same from a formula.
@@ -20,11 +20,13 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -32,6 +34,8 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from vggrpo import assets
 from vggrpo.config import EMBEDDED, TrainConfig, load_config
@@ -39,9 +43,9 @@ from vggrpo.config_algorithms import least_micro_batch
 from vggrpo.distributed import Processes
 from vggrpo.geometry import GeometryPrediction
 from vggrpo.io.atomic import atomic_write
-from vggrpo.models.base import LatentSpec
+from vggrpo.models.base import GeometryModel, LatentSpec
 from vggrpo.models.loading import pick_device
-from vggrpo.models.memory import TransformerShape, block_values, pipeline_shape, training_memory
+from vggrpo.models.memory import TransformerShape, block_values, forward_memory, pipeline_shape, training_memory
 from vggrpo.models.wan import WanVideoModel
 from vggrpo.posttraining.algorithm import Context
 from vggrpo.posttraining.grpo import GRPO
@@ -51,6 +55,7 @@ from vggrpo.tracking import Stopwatch
 
 TEXT_DIM, TEXT_TOKENS = 4096, 60
 _GIB = 1024**3
+Reader = Callable[[Tensor], GeometryPrediction]
 
 
 def build_transformer(shape: TransformerShape, dtype: torch.dtype, layers: int | None = None) -> nn.Module:
@@ -58,7 +63,7 @@ def build_transformer(shape: TransformerShape, dtype: torch.dtype, layers: int |
     in float32 when it loads a file stays float32."""
     from diffusers import WanTransformer3DModel
 
-    channels = 16 if shape.spatial_stride == 8 else 48
+    channels = _channels(shape)
     head = 128 if shape.dim % 128 == 0 else 32  # Wan's; the embedded model's
     torch.set_default_dtype(dtype)
     try:
@@ -79,6 +84,11 @@ def build_transformer(shape: TransformerShape, dtype: torch.dtype, layers: int |
     return transformer
 
 
+def _channels(shape: TransformerShape) -> int:
+    """Latent channels of Wan's VAE of that compression."""
+    return 16 if shape.spatial_stride == 8 else 48
+
+
 def random_text(batch: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Embeddings (B, 512, D) of texts of 60 tokens."""
     text = torch.zeros(batch, 512, TEXT_DIM, dtype=dtype, device=device)
@@ -94,7 +104,8 @@ def wrap(transformer: nn.Module, shape: TransformerShape) -> WanVideoModel:
 
 
 def account(config: TrainConfig) -> dict[str, float]:
-    """GiB that one backward pass of `grpo.micro_batch` videos keeps: counted, and by the doctor's formula."""
+    """GiB that one backward pass of `grpo.micro_batch` videos keeps, and that a roll-out step of `sampling.micro_batch`
+    holds at once: counted, and by the doctor's formulas."""
     shape = _shape(config)
     dtype = getattr(torch, config.model.dtype)
     kept = [_kept_bytes(config, shape, dtype, layers) for layers in (1, 2)]
@@ -113,25 +124,18 @@ def account(config: TrainConfig) -> dict[str, float]:
         "formula_values": block_values(shape),
         "activations_gib": counted / _GIB,
         "doctor_gib": estimate,
+        "rollout_gib": _forward_peak(config, shape, dtype) / _GIB,
+        "doctor_rollout_gib": forward_memory(
+            shape, tokens, batch=least_micro_batch(config.sampling.micro_batch), value_bytes=dtype.itemsize
+        ),
     }
 
 
 def _kept_bytes(config: TrainConfig, shape: TransformerShape, dtype: torch.dtype, layers: int) -> int:
     """Bytes of distinct storages that autograd keeps of a forward pass with so many layers, weights left out."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     kept: dict[int, int] = {}
-    with torch.device("meta"):
-        transformer = build_transformer(shape, dtype, layers)
-    model = wrap(transformer, shape)
-    transformer.add_adapter(LoraConfig(r=config.lora.rank, target_modules=list(config.lora.targets)))
-    with FakeTensorMode():
-        _become_fake(transformer)
+    with _fake_forward(config, shape, dtype, layers, config.grpo.micro_batch) as (transformer, forward):
         weights = {parameter.untyped_storage()._cdata for parameter in transformer.parameters()}
-        size = model.latent_spec.latent_shape(config.data.num_frames, config.data.height, config.data.width)
-        batch = least_micro_batch(config.grpo.micro_batch)
-        latents, times = torch.zeros(batch, *size), torch.zeros(batch)
-        text = torch.zeros(batch, TEXT_TOKENS + 1, TEXT_DIM)  # as merging leaves it; fake values cannot be looked at
 
         def note(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
@@ -140,15 +144,75 @@ def _kept_bytes(config: TrainConfig, shape: TransformerShape, dtype: torch.dtype
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            # As predict_velocity does, without the look at the text's values.
+            forward()
+    return sum(kept.values())
+
+
+def _forward_peak(config: TrainConfig, shape: TransformerShape, dtype: torch.dtype) -> int:
+    """Most bytes that a forward pass without gradient holds at once in one block, weights left out."""
+    fake = _fake_forward(config, shape, dtype, 1, config.sampling.micro_batch)
+    with fake as (_, forward), torch.no_grad(), _Peak() as peak:
+        forward()
+    return peak.most
+
+
+class _Peak(TorchDispatchMode):
+    """Bytes of the storages that operations inside have made and that are still alive, at their most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = self.alive = 0
+        self._known: dict[int, int] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        before = {tensor.untyped_storage()._cdata for tensor in tree_leaves(args) if isinstance(tensor, Tensor)}
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in before and storage._cdata not in self._known:
+                    self._known[storage._cdata] = storage.nbytes()
+                    self.alive += storage.nbytes()
+                    weakref.finalize(storage, self._free, storage._cdata)
+        self.most = max(self.most, self.alive)
+        return result
+
+    def _free(self, storage: int) -> None:
+        self.alive -= self._known.pop(storage)
+
+
+@contextmanager
+def _fake_forward(
+    config: TrainConfig, shape: TransformerShape, dtype: torch.dtype, layers: int, micro_batch: int | Literal["auto"]
+) -> Iterator[tuple[nn.Module, Callable[[], Tensor]]]:
+    """A transformer of so many layers with LoRA under fake tensors, and its forward pass as `predict_velocity` does it,
+    without the look at the text's values, which fake tensors lack."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with torch.device("meta"):
+        transformer = build_transformer(shape, dtype, layers)
+    model = wrap(transformer, shape)
+    transformer.add_adapter(LoraConfig(r=config.lora.rank, target_modules=list(config.lora.targets)))
+    with FakeTensorMode():
+        _become_fake(transformer)
+        size = model.latent_spec.latent_shape(config.data.num_frames, config.data.height, config.data.width)
+        batch = least_micro_batch(micro_batch)
+        latents, times = torch.zeros(batch, *size), torch.zeros(batch)
+        text = torch.zeros(batch, TEXT_TOKENS + 1, TEXT_DIM)  # as merging leaves it
+
+        def forward() -> Tensor:
             output = transformer(
                 hidden_states=latents.to(dtype),
                 timestep=model._timesteps(latents, times),
                 encoder_hidden_states=text.to(dtype),
                 return_dict=False,
             )[0]
-        assert output.shape == latents.shape
-    return sum(kept.values())
+            assert output.shape == latents.shape
+            return output
+
+        yield transformer, forward
 
 
 def _become_fake(module: nn.Module) -> None:
@@ -165,8 +229,8 @@ def _become_fake(module: nn.Module) -> None:
                 tensors[name] = fake
 
 
-def _grpo(config: TrainConfig) -> tuple[GRPO, torch.device, bool]:
-    """The algorithm with random weights of the recipe's shape, its device, and whether the reward is a stand-in."""
+def _grpo(config: TrainConfig) -> tuple[GRPO, torch.device, str]:
+    """The algorithm with random weights of the recipe's shape, its device, and what reads the geometry."""
     device = pick_device(config.model.device)
     shape = _shape(config)
     with device:
@@ -174,7 +238,7 @@ def _grpo(config: TrainConfig) -> tuple[GRPO, torch.device, bool]:
     model = wrap(transformer, shape)
     processes = Processes.join()
     policy = Policy(config, model, processes)
-    reader, stand_in = _reader(config, device)
+    reader, reader_name = _reader(config, device)
     conditions = SimpleNamespace(
         text=lambda prompts, where: random_text(len(prompts), where, transformer.dtype),
         first_frames=lambda prompts, where: None,
@@ -182,12 +246,12 @@ def _grpo(config: TrainConfig) -> tuple[GRPO, torch.device, bool]:
     )
     prompts = [f"prompt {i}" for i in range(2 * config.grpo.prompts_per_update)]
     context = Context(config, model, policy, reader, prompts, conditions, processes)  # type: ignore[arg-type]
-    return GRPO(context), device, stand_in
+    return GRPO(context), device, reader_name
 
 
 def measure(config: TrainConfig) -> dict[str, Any]:
     """Seconds by stage, peak memory and the reward's share of one update, after one that warms up."""
-    grpo, device, stand_in = _grpo(config)
+    grpo, device, reader_name = _grpo(config)
     result: dict[str, Any] = {}
     for number in range(2):
         if device.type == "cuda":
@@ -204,7 +268,7 @@ def measure(config: TrainConfig) -> dict[str, Any]:
         "videos": videos,
         "tokens": _shape(config).tokens(config.data.num_frames, config.data.height, config.data.width),
         "reward_share": result["seconds/reward"] / result["seconds/total"],
-        "reward_is_a_stand_in": stand_in,
+        "geometry_reader": reader_name,
         "grad_norm": metrics["grad_norm"],
         "ratio_deviation": metrics["ratio_deviation"],
     }
@@ -213,7 +277,7 @@ def measure(config: TrainConfig) -> dict[str, Any]:
 def sweep(recipe: str, overrides: Sequence[str], plot: Path, repeats: int = 3) -> dict[str, Any]:
     """Seconds of an update with one of videos, trained steps and tokens at once to four times the recipe's.
 
-    Of the reward only the stand-in is paid for. On a CPU these are seconds of the process, which other work on the
+    Of the reward the network is left out. On a CPU these are seconds of the process, which other work on the
     machine does not add to; the median of `repeats` updates. Writes a plot with the straight line through the points,
     whose R^2 is in the result.
     """
@@ -267,16 +331,44 @@ def _shape(config: TrainConfig) -> TransformerShape:
     return pipeline_shape(str(assets.path("pipeline")) if config.model.path == EMBEDDED else config.model.path)
 
 
-def _reader(config: TrainConfig, device: torch.device) -> tuple[Callable[[Tensor], GeometryPrediction], bool]:
+def _reader(config: TrainConfig, device: torch.device) -> tuple[Reader, str]:
+    """What the recipe's rewards read geometry with, and its name."""
     from vggrpo.lgm import LatentGeometryModel
 
     if config.lgm.path == EMBEDDED or Path(config.lgm.path).is_dir():
         folder = assets.path("lgm") if config.lgm.path == EMBEDDED else Path(config.lgm.path)
-        return LatentGeometryModel.from_pretrained(folder).to(device).eval().requires_grad_(False), False
-    return partial(_stand_in, (config.data.height, config.data.width)), True
+        return LatentGeometryModel.from_pretrained(folder).to(device).eval().requires_grad_(False), str(folder)
+    maps = partial(_maps, (config.data.height, config.data.width))
+    if device.type != "cuda" or config.lgm.path == "none":
+        return maps, "maps without a network"
+    from vggrpo.models.any4d import Any4D, Any4DConfig
+
+    with device:
+        geometry = Any4D(Any4DConfig())
+    return random_reader(geometry, _shape(config), maps), "Any4D with random weights"
 
 
-def _stand_in(size: tuple[int, int], latents: Tensor) -> GeometryPrediction:
+def random_reader(geometry: GeometryModel, shape: TransformerShape, maps: Reader) -> Reader:
+    """An LGM around `geometry` that is run on the latents, in bfloat16, before `maps` answers: random weights see
+    nothing that a reward could judge."""
+    from vggrpo.lgm.model import LatentGeometryModel, LGMConfig
+
+    config = LGMConfig(
+        geometry="", vae="random", latent_channels=_channels(shape), stride=16 // shape.spatial_stride, lora_rank=0,
+        backend=geometry.model_type,
+    )  # fmt: skip
+    device = geometry.special_tokens(0).device
+    lgm = LatentGeometryModel(config, geometry).to(device).eval().requires_grad_(False)
+
+    def read(latents: Tensor) -> GeometryPrediction:
+        with torch.autocast(device.type, torch.bfloat16):
+            lgm(latents)
+        return maps(latents)
+
+    return read
+
+
+def _maps(size: tuple[int, int], latents: Tensor) -> GeometryPrediction:
     """Geometry that depends on the latents: one view a latent frame, depth maps of the video's (height, width), as an
     LGM draws them; rewards cost what they will cost."""
     batch, views = latents.shape[0], latents.shape[2]

@@ -11,6 +11,8 @@ import torch
 
 from vggrpo.config import load_config
 from vggrpo.errors import UserError
+from vggrpo.models.any4d import Any4D, Any4DConfig
+from vggrpo.models.dinov2 import DinoConfig
 from vggrpo.models.memory import SHAPES, TransformerShape
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
@@ -28,12 +30,13 @@ def benchmark():
     return load("full_shape")
 
 
-@pytest.mark.parametrize("recipe", ["wan2.1-t2v-1.3b", "wan2.2-ti2v-5b"])
-def test_the_doctor_estimates_what_autograd_keeps(benchmark, recipe):
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in (FOLDER.parent / "configs").glob("wan*.yaml")))
+def test_the_doctor_estimates_what_an_update_holds(benchmark, recipe):
     """At full shape, under fake tensors: nothing is allocated."""
     counted = benchmark.account(load_config(recipe))
     assert counted["formula_values"] == pytest.approx(counted["values_a_token_and_block"], rel=0.05)
     assert counted["doctor_gib"] == pytest.approx(counted["activations_gib"], rel=0.1)
+    assert counted["doctor_rollout_gib"] == pytest.approx(counted["rollout_gib"], rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -61,8 +64,27 @@ def test_one_update_in_small(benchmark, monkeypatch):
          "sampling.num_steps=3", "sampling.window=1", "model.device=cpu", "grpo.micro_batch=4"],
     )  # fmt: skip
     result = benchmark.measure(config)
-    assert result["reward_is_a_stand_in"] and 0 < result["reward_share"] < 1 and result["grad_norm"] > 0
+    assert (
+        result["geometry_reader"] == "maps without a network"
+        and 0 < result["reward_share"] < 1
+        and result["grad_norm"] > 0
+    )
     assert result["seconds/rollout"] > 0 and result["seconds/replay"] > 0 and result["videos"] == 4
+
+
+@pytest.mark.parametrize(("stride", "channels"), [(8, 16), (16, 48)])
+def test_a_random_geometry_network_is_run_and_not_listened_to(benchmark, stride, channels):
+    encoder = DinoConfig(dim=32, depth=3, heads=4, position_grid=5)
+    sizes = {"dim": 48, "heads": 4, "layers": 6, "hooks": (2, 3), "widths": (8, 12, 16, 20), "features": 16}
+    geometry = Any4D(Any4DConfig(encoder=encoder, scale_hidden=12, **sizes)).eval()
+    calls = []
+    geometry.register_forward_hook(lambda *_: calls.append("RGB"))
+    resume = geometry.resume_raw
+    geometry.resume_raw = lambda *arguments: calls.append("latents") or resume(*arguments)
+    maps = object()
+    read = benchmark.random_reader(geometry, TransformerShape(256, 128, 2, spatial_stride=stride), lambda latents: maps)
+    assert read(torch.randn(1, channels, 3, 32 // stride, 32 // stride)) is maps
+    assert calls == ["latents"]
 
 
 def test_linearity(benchmark):

@@ -147,7 +147,7 @@ def test_items_cost_what_the_account_says(tiny_wan_dir, tmp_path):
     tokens, latent = 4 * 2 * 2, 4 * 4 * 4 * 4 * 4
     states = micro_batch.LATENT_COPIES * latent
     rolled = rollout_micro_batch(config, model, Processes(), kept=8)
-    assert rolled.item_bytes == pytest.approx(4 * tokens * (8 * 24 + 2 * 48) + states)
+    assert rolled.item_bytes == pytest.approx(4 * tokens * (4.5 * 24 + 2 * 48) + states)
     assert rolled.reserve == 8 * (2 + 1) * latent
     replayed = replay_micro_batch(config, model, Processes()).item_bytes
     assert replayed == pytest.approx(4 * tokens * 2 * memory.block_values(shape) + states)

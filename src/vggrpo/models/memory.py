@@ -126,8 +126,13 @@ def training_memory(
 
 
 def forward_memory(shape: TransformerShape, tokens: int, *, batch: int = 1, value_bytes: int = 2) -> float:
-    """Rough memory in GiB of a forward pass without gradient: about `8 d + 2 f` values a token of one block."""
-    return value_bytes * batch * tokens * (8 * shape.dim + 2 * shape.ffn_dim) / _GIB
+    """Peak memory in GiB of a forward pass without gradient, weights left out.
+
+    `4.5 d + 2 f` values a token of one block; `19 d` more with a time per token (Wan2.2-TI2V), whose modulation is
+    float32. Within 5 % of what `benchmarks/full_shape.py --account` counts.
+    """
+    times = 19 * shape.dim if shape.spatial_stride == 16 else 0
+    return value_bytes * batch * tokens * (4.5 * shape.dim + 2 * shape.ffn_dim + times) / _GIB
 
 
 def shape_of(model: VideoModel) -> TransformerShape:
