@@ -6,12 +6,14 @@ The peer's roll-out (`wan_pipeline_with_logprob`), its `compute_log_prob` and th
 taken from its source files as they are; only what surrounds them (data loader, text encoder, video decoding, logging)
 is left out. Equal for both: the embedded transformer with LoRA 32/64 on the same layers, K videos of one prompt, the
 SDE `s = s_min + (s_max - s_min) t`, all steps but the last trained, one micro-batch of K, KL against the model without
-LoRA, gradient checkpointing (flow_grpo has it on), one optimizer step, no guidance, no EMA. Not equal, and in nobody's
-favour: flow_grpo weighs each step's loss by a number. Rewards are the same call in both and are not timed.
+LoRA, gradient checkpointing (flow_grpo has it on), one optimizer step, no guidance, no EMA. That the mathematics is
+equal is measured first: from one roll-out and one LoRA both compute a gradient, and their difference relative to its
+norm is in the result. Rewards are the same call in both and are not timed.
 
 The stages are measured in turn (ours, theirs, ours, ...), so a busy machine hits both. `--clock processor` counts what
 this process computed instead of what passed on the wall: with one thread that is the wall time of an idle machine.
-Prints JSON: medians, and how often each stage of ours was slower.
+Stages: the roll-out; the replay with its backward passes; the optimizer (clipping and step). Prints JSON: medians, and
+how often each stage of ours was slower.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -45,12 +47,37 @@ from vggrpo.sampling.rollout import NoiseSettings, Trajectory, rollout
 
 FRAMES, SIZE = 17, 64
 ADVANTAGE_CLIP, CLIP, KL = 5.0, 1e-3, 0.004
+PEER = "zhtmike/flow_grpo"  # a fork that has a trainer for Wan2.1
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "processor": time.process_time}
+STAGES = ("roll-out", "replay", "optimizer")
+
+
+class Meter:
+    """Seconds by stage, by one clock."""
+
+    def __init__(self, clock: str = "wall") -> None:
+        self.clock = CLOCKS[clock]
+        self.seconds: dict[str, float] = dict.fromkeys(STAGES, 0.0)
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        began = self.clock()
+        try:
+            yield
+        finally:
+            self.seconds[name] += self.clock() - began
+
+    def take(self) -> dict[str, float]:
+        """The seconds since the last call."""
+        taken, self.seconds = self.seconds, dict.fromkeys(STAGES, 0.0)
+        return taken
 
 
 class Ours:
     """The stages as `vggrpo.posttraining.grpo` runs them."""
 
-    def __init__(self, config: TrainConfig, text: Tensor, initial: Tensor, pipeline: Path) -> None:
+    def __init__(self, config: TrainConfig, text: Tensor, initial: Tensor, pipeline: Path, clock: str = "wall") -> None:
+        self.meter = Meter(clock)
         self.model = WanVideoModel.from_pretrained(pipeline, load_text=False, load_vae=False)
         self.policy = Policy(config, self.model, Processes())
         self.config, self.text = config, text
@@ -77,20 +104,31 @@ class Ours:
             micro_batch=videos,
         )
 
-    def replay(self, trajectory: Trajectory, advantages: Tensor) -> None:
+    def backward(self, trajectory: Trajectory, advantages: Tensor) -> None:
         chosen = all_transitions(torch.arange(len(self.text)), len(trajectory.steps))
         old = OldPolicy.of(trajectory, chosen)
         self.replayer.backward(trajectory, self.text, chosen, old, advantages, len(chosen))
-        self.policy.step(0)
+
+    def update(self, number: int, advantages_of: Callable[[Any], Tensor]) -> Trajectory:
+        """One whole update; rewards and advantages are not timed."""
+        with self.meter.stage("roll-out"):
+            trajectory = self.roll_out(number)
+        advantages = advantages_of(trajectory)
+        with self.meter.stage("replay"):
+            self.backward(trajectory, advantages)
+        with self.meter.stage("optimizer"):
+            self.policy.step(0)
+        return trajectory
 
 
 class Theirs:
     """The stages of flow_grpo, from its source."""
 
-    def __init__(self, folder: Path, config: TrainConfig, text: Tensor, pipeline: Path) -> None:
+    def __init__(self, folder: Path, config: TrainConfig, text: Tensor, pipeline: Path, clock: str = "wall") -> None:
         from diffusers import WanPipeline
         from peft import LoraConfig, get_peft_model
 
+        self.meter = Meter(clock)
         self.config, self.text = config, text
         self.patch = _module(folder / "flow_grpo" / "diffusers_patch" / "wan_pipeline_with_logprob.py")
         self.pipeline = WanPipeline.from_pretrained(str(pipeline))
@@ -135,7 +173,18 @@ class Theirs:
             "prompt_embeds": self.text,
         }
 
-    def replay(self, sample: dict[str, Tensor], advantages: Tensor) -> None:
+    def update(self, number: int, advantages_of: Callable[[Any], Tensor]) -> dict[str, Tensor]:
+        """One whole update; rewards and advantages are not timed."""
+        with self.meter.stage("roll-out"):
+            sample = self.roll_out(number)
+        advantages = advantages_of(sample)
+        with self.meter.stage("replay"):
+            self.replay(sample, advantages)
+        self.meter.seconds["replay"] -= self.meter.seconds["optimizer"]  # which the loop calls itself
+        return sample
+
+    def replay(self, sample: dict[str, Tensor], advantages: Tensor, optimize: bool = True) -> None:
+        """The loop over time steps; without `optimize` the gradients stay as they are."""
         steps = self.config.sampling.num_steps - 1
         sample = sample | {"advantages": advantages[:, None].repeat(1, steps + 1)}
         self.pipeline.transformer.train()
@@ -151,8 +200,8 @@ class Theirs:
             "negative_embeds": None,
             "config": SimpleNamespace(train=train),
             "train_timesteps": range(steps),
-            "accelerator": _Accelerator(steps, self.trained),
-            "optimizer": _Every(steps, self.optimizer),
+            "accelerator": _Accelerator(steps, self.trained if optimize else [], self.meter),
+            "optimizer": _Every(steps if optimize else steps + 1, self.optimizer, self.meter),
             "autocast": contextlib.nullcontext,
             "info": defaultdict(list),
             "epoch": 0,
@@ -178,8 +227,8 @@ class _Accelerator:
 
     is_local_main_process = True
 
-    def __init__(self, steps: int, trained: list[nn.Parameter]) -> None:
-        self.steps, self.trained, self.done = steps, trained, 0
+    def __init__(self, steps: int, trained: list[nn.Parameter], meter: Meter) -> None:
+        self.steps, self.trained, self.meter, self.done = steps, trained, meter, 0
         self.sync_gradients = False
 
     @contextlib.contextmanager
@@ -192,7 +241,8 @@ class _Accelerator:
         (loss / self.steps).backward()
 
     def clip_grad_norm_(self, parameters: Any, limit: float) -> None:
-        nn.utils.clip_grad_norm_(self.trained, limit)
+        with self.meter.stage("optimizer"):
+            nn.utils.clip_grad_norm_(self.trained, limit)
 
     def reduce(self, info: dict[str, Tensor], reduction: str) -> dict[str, Tensor]:
         return info
@@ -204,17 +254,19 @@ class _Accelerator:
 class _Every:
     """accelerate's optimizer: steps and clears only when gradients are whole."""
 
-    def __init__(self, steps: int, optimizer: torch.optim.Optimizer) -> None:
-        self.steps, self.optimizer, self.calls = steps, optimizer, 0
+    def __init__(self, steps: int, optimizer: torch.optim.Optimizer, meter: Meter) -> None:
+        self.steps, self.optimizer, self.meter, self.calls = steps, optimizer, meter, 0
 
     def step(self) -> None:
         self.calls += 1
         if self.calls % self.steps == 0:
-            self.optimizer.step()
+            with self.meter.stage("optimizer"):
+                self.optimizer.step()
 
     def zero_grad(self) -> None:
         if self.calls % self.steps == 0:
-            self.optimizer.zero_grad()
+            with self.meter.stage("optimizer"):
+                self.optimizer.zero_grad()
 
 
 def _module(file: Path) -> ModuleType:
@@ -241,14 +293,61 @@ def _training_loop(file: Path) -> tuple[dict[str, Any], Any]:
     return {"torch": torch, "defaultdict": defaultdict, "tqdm": lambda items, **options: items}, loop
 
 
-CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "processor": time.process_time}
+@torch.no_grad()
+def copy_adapter(source: nn.Module, target: nn.Module) -> None:
+    """The LoRA of one network into the other, whose names may have something in front."""
+    adapter = {name: value for name, value in source.named_parameters() if "lora_" in name}
+    copied = 0
+    for name, parameter in target.named_parameters():
+        match = [value for ours, value in adapter.items() if name.endswith(ours)]
+        if match:
+            parameter.copy_(match[0])
+            copied += 1
+    if copied != len(adapter):
+        raise UserError(f"the peer's LoRA has {copied} of our {len(adapter)} tensors; it is another version")
 
 
-def seconds(work: Callable[[], Any], clock: str = "wall") -> tuple[float, Any]:
-    """Time of one call by that clock, and its result."""
-    began = CLOCKS[clock]()
-    result = work()
-    return CLOCKS[clock]() - began, result
+def gradient_difference(ours: Ours, theirs: Theirs, advantages: Tensor) -> float:
+    """How far the peer's gradient is from ours, relative to its norm: same roll-out, same schedule, same LoRA, whose B
+    is drawn anew, so that KL and every gradient are there; then the LoRAs are what they were."""
+    before = [parameter.detach().clone() for parameter in ours.policy.parameters]
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in ours.policy.parameters:
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+    copy_adapter(ours.model.transformer, theirs.pipeline.transformer)
+    trajectory = ours.roll_out(0)
+    with torch.no_grad():  # the policy has moved since, so that ratios are not 1
+        for parameter in ours.policy.parameters:
+            parameter.add_(1e-3 * torch.randn(parameter.shape, generator=generator))
+    copy_adapter(ours.model.transformer, theirs.pipeline.transformer)
+    scheduler = theirs.pipeline.scheduler
+    scheduler.set_timesteps(ours.config.sampling.num_steps)
+    # Its own schedule is ours to three digits: it rounds times to whole numbers.
+    scheduler.sigmas, scheduler.timesteps = ours.sigmas, 1000 * ours.sigmas[:-1]
+    sample = {
+        "timesteps": scheduler.timesteps.repeat(len(ours.text), 1),
+        "latents": torch.stack(trajectory.samples, dim=1),
+        "next_latents": torch.stack(trajectory.next_samples, dim=1),
+        "log_probs": trajectory.log_probs,
+        "prompt_embeds": ours.text,
+    }
+    ours.backward(trajectory, advantages)
+    theirs.replay(sample, advantages, optimize=False)
+    peer = {name: p.grad for name, p in theirs.pipeline.transformer.named_parameters() if p.grad is not None}
+    pairs = [
+        (parameter.grad, next(grad for name, grad in peer.items() if name.endswith(own)))
+        for own, parameter in ours.policy.named.items()
+    ]
+    miss = torch.stack([(mine - their).square().sum() for mine, their in pairs]).sum()
+    norm = torch.stack([their.square().sum() for _, their in pairs]).sum()
+    with torch.no_grad():
+        for parameter, value in zip(ours.policy.parameters, before, strict=True):
+            parameter.copy_(value)
+    copy_adapter(ours.model.transformer, theirs.pipeline.transformer)
+    ours.policy.discard_gradients()
+    theirs.optimizer.zero_grad()
+    return float((miss / norm).sqrt())
 
 
 def compare(folder: Path, videos: int, steps: int, repeats: int, clock: str = "wall") -> dict[str, Any]:
@@ -267,25 +366,25 @@ def compare(folder: Path, videos: int, steps: int, repeats: int, clock: str = "w
     with torch.no_grad():
         text = model.encode_prompt(["the camera orbits a red sphere"]).repeat(videos, 1, 1)
     initial = torch.zeros(videos, *model.latent_spec.latent_shape(FRAMES, SIZE, SIZE))
-    ours, theirs = Ours(config, text, initial, pipeline), Theirs(folder, config, text, pipeline)
+    ours = Ours(config, text, initial, pipeline, clock)
+    theirs = Theirs(folder, config, text, pipeline, clock)
     advantages = torch.linspace(-1, 1, videos)
-    times: dict[str, list[float]] = defaultdict(list)
-    for number in range(repeats + 1):
-        for name, side in (("ours", ours), ("theirs", theirs)):
-            rolled, kept = seconds(lambda side=side, number=number: side.roll_out(number), clock)
-            replayed, _ = seconds(lambda side=side, kept=kept: side.replay(kept, advantages), clock)
-            if number:  # the first round warms up
-                times[f"roll-out/{name}"].append(rolled)
-                times[f"replay and step/{name}"].append(replayed)
     result: dict[str, Any] = {
+        "peer": f"{PEER}, from a checkout",
         "videos": videos,
         "steps": steps,
         "repeats": repeats,
         "threads": torch.get_num_threads(),
         "clock": clock,
+        "gradient_difference": gradient_difference(ours, theirs, advantages),
     }
-    for stage in ("roll-out", "replay and step"):
-        mine, peer = times[f"{stage}/ours"], times[f"{stage}/theirs"]
+    rows: dict[str, list[dict[str, float]]] = {"ours": [], "theirs": []}
+    for number in range(repeats + 1):
+        for name, side in (("ours", ours), ("theirs", theirs)):
+            side.update(number, lambda _: advantages)
+            rows[name].append(side.meter.take())
+    for stage in STAGES:
+        mine, peer = ([row[stage] for row in rows[name][1:]] for name in ("ours", "theirs"))  # the first warms up
         result[stage] = {
             "ours": statistics.median(mine),
             "theirs": statistics.median(peer),

@@ -1,18 +1,17 @@
 """Seconds until a held-out reward is reached: our trainer with a window against flow_grpo's own loop.
 
-    python benchmarks/time_to_reward.py PATH/TO/flow_grpo [--pipeline DIR] [--videos 8] [--steps 6] [--updates 40]
+    python benchmarks/time_to_reward.py PATH/TO/flow_grpo [--pipeline DIR] [--videos 8] [--steps 8] [--updates 40]
         [--gain 1.0] [--seeds 3] [--clock processor]
 
 Equal for both: the transformer, LoRA with its random start (peft's two ways of drawing it differ by a factor that
 decides how far a first step goes), learning rate, KL, K videos of one prompt an update, rewards and advantages. Ours
-trains two stochastic steps that follow a prefix computed once for the group (`sampling.window: 2`,
-`sampling.shared_noise: true`), replayed in one batch, with the SDE of our recipes; the peer trains
-every step but the last, one after the other, under gradient checkpointing, as its source does
-(`against_flow_grpo.py`). The reward is the mean of the clean latents' first channel: it costs nothing, so that only the
-trainers' own time counts, and any policy gradient that works raises it. It is measured after every update, untimed, on
-deterministic clips of another prompt and of seeds that are never trained on, by one function for both. The goal is the
-base model's held-out reward plus `--gain` standard deviations of its clips. A seed draws the LoRA's start and all noise
-anew. Prints JSON.
+samples and replays as `configs/tiny.yaml` says: a window of four stochastic steps that follows a prefix computed once
+for the group, in one batch, with the SDE of our recipes; the peer trains every step but the last, one after the other,
+under gradient checkpointing, as its source does (`against_flow_grpo.py`). The reward is the mean of the clean latents'
+first channel: it costs nothing, so that only the trainers' own time counts, and any policy gradient that works raises
+it. It is measured after every update, untimed, on deterministic clips of another prompt and of seeds that are never
+trained on, by one function for both. The goal is the base model's held-out reward plus `--gain` standard deviations of
+its clips. A seed draws the LoRA's start and all noise anew. Prints JSON.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vggrpo import assets
 from vggrpo.config import TrainConfig, load_config
@@ -109,50 +108,35 @@ def held_out(velocity: Velocity, text: Tensor, sigmas: Tensor, shape: tuple[int,
     return reward(x)
 
 
-def train(
-    side: Any, evaluate: Callable[[Any], Tensor], goal: float, updates: int, clock: str, seed: int
-) -> dict[str, Any]:
+def train(side: Any, evaluate: Callable[[Any], Tensor], goal: float, updates: int, seed: int) -> dict[str, Any]:
     """Updates, seconds by stage and held-out rewards until the goal."""
-    stages = {"roll-out": 0.0, "replay and step": 0.0}
+
+    def advantages_of(kept: Any) -> Tensor:
+        rewards = reward(side.clips(kept))
+        return group_advantages(rewards[None], torch.zeros(len(rewards), dtype=torch.long))
+
     curve: list[float] = []
     reached = False
     while len(curve) < updates and not reached:
-        number = len(curve) + 10_000 * seed
-        rolled, kept = PEER.seconds(lambda number=number: side.roll_out(number), clock)
-        rewards = reward(side.clips(kept))
-        advantages = group_advantages(rewards[None], torch.zeros(len(rewards), dtype=torch.long))
-        replayed, _ = PEER.seconds(lambda kept=kept, advantages=advantages: side.replay(kept, advantages), clock)
-        stages["roll-out"] += rolled
-        stages["replay and step"] += replayed
+        side.update(len(curve) + 10_000 * seed, advantages_of)
         curve.append(float(evaluate(side).mean()))
         reached = curve[-1] >= goal
+    stages = side.meter.take()
     return {"reached": reached, "updates": len(curve), "seconds": sum(stages.values()), **stages, "held_out": curve}
 
 
-@torch.no_grad()
-def copy_adapter(source: nn.Module, target: nn.Module) -> None:
-    """The LoRA of one network into the other, whose names may have something in front."""
-    adapter = {name: value for name, value in source.named_parameters() if "lora_" in name}
-    copied = 0
-    for name, parameter in target.named_parameters():
-        match = [value for ours, value in adapter.items() if name.endswith(ours)]
-        if match:
-            parameter.copy_(match[0])
-            copied += 1
-    if copied != len(adapter):
-        raise UserError(f"the peer's LoRA has {copied} of our {len(adapter)} tensors; it is another version")
-
-
-def settings(videos: int, steps: int, window: int, learning_rate: float) -> TrainConfig:
-    """The embedded recipe with the comparison's numbers; with a window, the SDE of our recipes."""
-    theirs = ["sampling.variant=flow_grpo_wan", "sampling.sigma_min=0", "sampling.sigma_max=1"]
+def settings(videos: int, steps: int, learning_rate: float, *, ours: bool) -> TrainConfig:
+    """The embedded recipe with the comparison's numbers; the roll-out is the recipe's own, or the peer's."""
+    peers = [
+        f"sampling.window={steps - 1}", "sampling.window_last=null", "sampling.variant=flow_grpo_wan",
+        "sampling.sigma_min=0", "sampling.sigma_max=1",
+    ]  # fmt: skip
     return load_config(
         "tiny",
         [
-            f"sampling.num_steps={steps}", f"sampling.window={window or steps - 1}", "sampling.window_last=null",
-            f"grpo.samples_per_prompt={videos}", f"grpo.micro_batch={videos * max(1, window)}",
-            f"grpo.clip={PEER.CLIP}", f"grpo.kl={PEER.KL}", "lora={rank: 32, alpha: 64}",
-            f"optim.learning_rate={learning_rate}", *([] if window else theirs),
+            f"sampling.num_steps={steps}", f"grpo.samples_per_prompt={videos}", f"grpo.clip={PEER.CLIP}",
+            f"grpo.kl={PEER.KL}", "lora={rank: 32, alpha: 64}", f"optim.learning_rate={learning_rate}",
+            *([] if ours else peers),
         ],
     )  # fmt: skip
 
@@ -168,13 +152,16 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     base = held_out(model.predict_velocity, other, sigmas, shape)
     goal = float(base.mean() + arguments.gain * base.std())
     result: dict[str, Any] = {
+        "peer": f"{PEER.PEER}, from a checkout",
         **{name: getattr(arguments, name) for name in ("videos", "steps", "learning_rate", "gain", "clock")},
         "pipeline": "embedded" if arguments.pipeline is None else Path(arguments.pipeline).name,
         "base": float(base.mean()),
         "base_std": float(base.std()),
         "goal": goal,
     }
-    config, peers = (settings(arguments.videos, arguments.steps, n, arguments.learning_rate) for n in (2, 0))
+    config, peers = (
+        settings(arguments.videos, arguments.steps, arguments.learning_rate, ours=ours) for ours in (True, False)
+    )
     runs = []
 
     def evaluate(side: Any) -> Tensor:
@@ -182,12 +169,12 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
 
     for seed in range(arguments.seeds):
         torch.manual_seed(seed)
-        ours = OurWindow(config, text, torch.zeros(arguments.videos, *shape), pipeline)
-        theirs = TheirLoop(arguments.flow_grpo, peers, text, pipeline)
-        copy_adapter(ours.model.transformer, theirs.pipeline.transformer)
+        ours = OurWindow(config, text, torch.zeros(arguments.videos, *shape), pipeline, arguments.clock)
+        theirs = TheirLoop(arguments.flow_grpo, peers, text, pipeline, arguments.clock)
+        PEER.copy_adapter(ours.model.transformer, theirs.pipeline.transformer)
         run: dict[str, Any] = {"seed": seed}
         for name, side in (("ours", ours), ("theirs", theirs)):
-            run[name] = train(side, evaluate, goal, arguments.updates, arguments.clock, seed)
+            run[name] = train(side, evaluate, goal, arguments.updates, seed)
         if run["ours"]["reached"] and run["theirs"]["reached"]:
             run["theirs_over_ours"] = run["theirs"]["seconds"] / run["ours"]["seconds"]
         runs.append(run)
@@ -203,7 +190,7 @@ def main() -> None:
     parser.add_argument("flow_grpo", type=Path, help="a checkout of flow_grpo")
     parser.add_argument("--pipeline", type=Path, help="a WanPipeline directory; the embedded one if left out")
     parser.add_argument("--videos", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--updates", type=int, default=40, help="give up after so many")
     parser.add_argument("--gain", type=float, default=1.0)
     parser.add_argument("--seeds", type=int, default=3)

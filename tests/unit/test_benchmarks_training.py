@@ -109,11 +109,13 @@ def main(_):
     file.write_text(source)
     namespace, loop = peer._training_loop(file)
     weight = torch.zeros((), requires_grad=True)
-    accelerator = peer._Accelerator(3, [weight])
-    optimizer = peer._Every(3, torch.optim.SGD([weight], lr=1.0))
+    meter = peer.Meter()
+    accelerator = peer._Accelerator(3, [weight], meter)
+    optimizer = peer._Every(3, torch.optim.SGD([weight], lr=1.0), meter)
     exec(loop, namespace | {"train_timesteps": range(3), "accelerator": accelerator, "optimizer": optimizer,
                             "weight": weight})  # fmt: skip
     assert float(weight) == pytest.approx(-(1 + 2 + 3) / 3)  # one step, of the mean over the accumulated losses
+    assert meter.take()["optimizer"] > 0 and meter.take()["optimizer"] == 0
     file.write_text(source.replace("train_timesteps", "others"))
     with pytest.raises(UserError, match="another version"):
         peer._training_loop(file)
@@ -126,25 +128,25 @@ def test_time_to_a_reward_stops_at_the_goal_and_counts_the_trainers_work_alone()
 
     class Side:
         def __init__(self):
-            self.level, self.calls = 0.0, []
-
-        def roll_out(self, number):
-            self.calls.append(("roll-out", number))
-            return torch.linspace(-1, 1, 4).view(4, 1, 1, 1, 1).expand(4, 2, 1, 1, 1) + self.level
+            self.level, self.calls, self.meter = 0.0, [], script.PEER.Meter()
 
         def clips(self, kept):
             return kept
 
-        def replay(self, kept, advantages):
+        def update(self, number, advantages_of):
+            self.calls.append(number)
+            clips = torch.linspace(-1, 1, 4).view(4, 1, 1, 1, 1).expand(4, 2, 1, 1, 1) + self.level
+            advantages = advantages_of(clips)
             assert advantages.mean().abs() < 1e-6 and advantages[3] > 1
-            self.level += 1.0
+            with self.meter.stage("replay"):
+                self.level += 1.0
 
     side = Side()
-    result = script.train(side, lambda side: torch.full((3,), side.level), goal=3.0, updates=10, clock="wall", seed=2)
-    assert side.calls == [("roll-out", 20_000 + number) for number in range(3)]  # no noise of another seed
+    result = script.train(side, lambda side: torch.full((3,), side.level), goal=3.0, updates=10, seed=2)
+    assert side.calls == [20_000 + number for number in range(3)]  # no noise of another seed
     assert result["reached"] and result["updates"] == 3 and result["held_out"] == [1.0, 2.0, 3.0]
-    assert result["seconds"] == pytest.approx(result["roll-out"] + result["replay and step"])
-    assert not script.train(Side(), lambda side: torch.zeros(3), goal=3.0, updates=2, clock="wall", seed=0)["reached"]
+    assert result["seconds"] == pytest.approx(result["replay"]) and result["replay"] > 0
+    assert not script.train(Side(), lambda side: torch.zeros(3), goal=3.0, updates=2, seed=0)["reached"]
 
 
 def test_held_out_clips_are_the_deterministic_ones_of_fixed_seeds():
