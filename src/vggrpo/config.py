@@ -178,6 +178,8 @@ class ValidationConfig(_Section):
     """Updates between validations, the first one before any update; 0 = none."""
     prompts: str | None = None
     """Text file with one prompt a line; null: unseen captions of the embedded world."""
+    first_frames: str | None = None
+    """Text file with one image a line, the first frames of `prompts`; with `data.first_frames` only."""
     num_prompts: int = Field(default=4, ge=1)
     """At most so many prompts."""
     num_steps: int = Field(default=50, ge=1)
@@ -265,8 +267,11 @@ class TrainConfig(_Section):
             )
         if self.validation.every and self.validation.prompts is None and self.data.prompts != EMBEDDED:
             raise ValueError("validation.every is set but validation.prompts is not; name a text file with prompts")
-        if self.validation.every and self.data.first_frames is not None:
-            raise ValueError("validation.every does not know data.first_frames; set validation.every: 0")
+        if self.validation.every and (self.data.first_frames is None) != (self.validation.first_frames is None):
+            raise ValueError(
+                "data.first_frames and validation.first_frames go together: videos of both kinds begin with given "
+                "images, or none do; set both, or neither"
+            )
         if grpo.ratio_norm and sampling.variant == "cps":
             raise ValueError("grpo.ratio_norm needs a Gaussian step; set a sampling.variant other than cps")
         self._check_algorithm()

@@ -151,6 +151,42 @@ def test_rivals_leave_the_given_frame_alone(ti2v_dir, images, tmp_path, monkeypa
     assert gradients and all(not g[:, :, 0].any() and g[:, :, 1:].any() for g in gradients)
 
 
+def test_validation_continues_its_own_images(ti2v_dir, images, tmp_path):
+    """One of two validation prompts, with its image: all clips of every validation begin with it."""
+    fixed = tmp_path / "fixed.txt"
+    fixed.write_text("a green box\nnothing moves\n")
+    turned = images.with_name("turned.txt")
+    turned.write_text("\n".join(reversed(images.read_text().split())))
+    values = {
+        "output": str(tmp_path / "run"), "updates": 1, "model": {"path": str(ti2v_dir)}, "lora": {"rank": 2},
+        "data": {"num_frames": 13, "height": 32, "width": 64, "first_frames": str(images)},
+        "sampling": {"num_steps": 3, "window": 1, "window_last": None},
+        "grpo": {"prompts_per_update": 1, "samples_per_prompt": 3},
+        "validation": {"every": 1, "prompts": str(fixed), "first_frames": str(turned), "num_prompts": 1,
+                       "num_steps": 2, "videos": 1},
+    }  # fmt: skip
+    seen = []
+
+    def lgm(latents):
+        seen.append(latents[:, :, 0])
+        return fake_lgm(latents)
+
+    train(load_config(values), lgm=lgm, prompts=["a red box", "the sphere rolls"], progress=False)
+    assert len(read_jsonl(tmp_path / "run" / "validation.jsonl")) == 2
+    model = WanVideoModel.from_pretrained(ti2v_dir)
+    second = read_image(read_image_list(images, 2)[1], (32, 64))  # what `turned` gives to the first prompt
+    given = model.encode_video(second[None, :, None])[:, :, 0]
+    validated = [first for first in seen if len(first) == 1]  # base model, before, after
+    assert len(validated) == 3 and all(torch.equal(first, given) for first in validated)
+    del values["validation"]["first_frames"]
+    with pytest.raises(UserError, match="go together"):
+        load_config(values)
+    values["validation"]["first_frames"], values["output"] = str(images), str(tmp_path / "other")
+    fixed.write_text("one\ntwo\nthree\n")
+    with pytest.raises(UserError, match="2 images for 3 prompts"):
+        train(load_config(values), lgm=lgm, prompts=["a red box", "the sphere rolls"], progress=False)
+
+
 def test_a_model_without_a_time_per_frame_is_refused(tiny_wan_dir, images, tmp_path):
     data = {"num_frames": 13, "height": 32, "width": 64, "first_frames": str(images)}
     config = load_config(

@@ -82,7 +82,9 @@ class VideoModel(Protocol):
     autocast: torch.dtype | None
     """Number format of the network's arithmetic where it differs from its weights' (full fine-tuning), else None."""
     transformer: nn.Module
-    """The network that predicts the velocity: what a LoRA is put on."""
+    """The network that predicts the velocity, a diffusers model: what a LoRA is put on."""
+    pipeline: str
+    """Name of the diffusers pipeline that the result is for: LoRA files are in its format."""
 
     @property
     def device(self) -> torch.device:

@@ -1,7 +1,7 @@
 """LoRA on a diffusers transformer through peft: attach, switch off, save and load in diffusers' own format.
 
-The files are what `WanPipeline.load_lora_weights` reads: keys `transformer.<layer>.lora_A.weight`, with rank and alpha
-in the header.
+The files are what `load_lora_weights` of the model's diffusers pipeline reads: keys
+`transformer.<layer>.lora_A.weight`, with rank and alpha in the header.
 """
 
 from __future__ import annotations
@@ -94,9 +94,10 @@ def set_lora_state(transformer: nn.Module, state: dict[str, Tensor]) -> None:
             parameter.copy_(state[name])
 
 
-def export_lora(transformer: nn.Module, directory: Path | str) -> Path:
-    """Write `directory/pytorch_lora_weights.safetensors` as `WanPipeline.load_lora_weights` reads it, atomically."""
-    from diffusers import WanPipeline
+def export_lora(transformer: nn.Module, directory: Path | str, pipeline: str = "WanPipeline") -> Path:
+    """Write `directory/pytorch_lora_weights.safetensors` as `load_lora_weights` of that diffusers pipeline reads it,
+    atomically."""
+    import diffusers
     from peft.utils import get_peft_model_state_dict
 
     layers = {name: value.detach().cpu().contiguous() for name, value in get_peft_model_state_dict(transformer).items()}
@@ -106,7 +107,7 @@ def export_lora(transformer: nn.Module, directory: Path | str) -> Path:
     }
     target = Path(directory) / WEIGHTS_NAME
     with atomic_path(target) as temporary:
-        WanPipeline.save_lora_weights(
+        getattr(diffusers, pipeline).save_lora_weights(
             str(temporary.parent),
             transformer_lora_layers=layers,
             weight_name=temporary.name,
@@ -115,8 +116,8 @@ def export_lora(transformer: nn.Module, directory: Path | str) -> Path:
     return target
 
 
-def load_lora(transformer: nn.Module, path: Path | str) -> None:
-    """Load a LoRA file, or the directory that holds one, for sampling.
+def load_lora(transformer: nn.Module, path: Path | str, pipeline: str = "WanPipeline") -> None:
+    """Load a LoRA file of that diffusers pipeline, or the directory that holds one, for sampling.
 
     Raises:
         UserError: when the file is missing, damaged, or fits another model.
@@ -126,15 +127,14 @@ def load_lora(transformer: nn.Module, path: Path | str) -> None:
     found = next((candidate for candidate in candidates if candidate.is_file()), None)
     if found is None:
         raise UserError(f"no LoRA at {path}; give {WEIGHTS_NAME} or the run directory that holds lora/{WEIGHTS_NAME}")
-    from diffusers import WanPipeline
+    import diffusers
     from safetensors import SafetensorError
 
+    kind = getattr(diffusers, pipeline)
     try:
         with quiet_diffusers():
-            state, metadata = WanPipeline.lora_state_dict(
-                str(found.parent), weight_name=found.name, return_lora_metadata=True
-            )
-            WanPipeline.load_lora_into_transformer(state, transformer, adapter_name=ADAPTER, metadata=metadata)
+            state, metadata = kind.lora_state_dict(str(found.parent), weight_name=found.name, return_lora_metadata=True)
+            kind.load_lora_into_transformer(state, transformer, adapter_name=ADAPTER, metadata=metadata)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = one_line(error)[:160]
         raise UserError(
@@ -144,7 +144,7 @@ def load_lora(transformer: nn.Module, path: Path | str) -> None:
         raise UserError(f"LoRA {found} matches no layer of this model; it was made for another one")
 
 
-def load_tuned(transformer: nn.Module, path: Path | str) -> None:
+def load_tuned(transformer: nn.Module, path: Path | str, pipeline: str = "WanPipeline") -> None:
     """Load what training exports: a LoRA (see `load_lora`), or the directory of a whole transformer
     (`model.tune: full`).
 
@@ -153,7 +153,7 @@ def load_tuned(transformer: nn.Module, path: Path | str) -> None:
     """
     found = Path(path) if Path(path).name == FULL_WEIGHTS_NAME else Path(path) / FULL_WEIGHTS_NAME
     if not found.is_file():
-        load_lora(transformer, path)
+        load_lora(transformer, path, pipeline)
         return
     from safetensors import SafetensorError
     from safetensors.torch import load_file

@@ -25,8 +25,14 @@ def shard_transformer(transformer: nn.Module, whole: Iterable[nn.Parameter]) -> 
     mesh = init_device_mesh(device, (torch.distributed.get_world_size(),))
     # A frozen weight that is gathered anew in the backward pass costs traffic, a kept one costs what sharding saves.
     options = {"mesh": mesh, "reshard_after_forward": True, "ignored_params": set(whole)}
-    for module in [*transformer.blocks, transformer]:
+    for module in [*repeated_blocks(transformer), transformer]:
         fully_shard(module, **options)
+
+
+def repeated_blocks(transformer: nn.Module) -> list[nn.Module]:
+    """The blocks that a diffusers transformer is a stack of: what is split, and compiled, one by one."""
+    names = set(getattr(transformer, "_repeated_blocks", ()))
+    return [module for module in transformer.modules() if type(module).__name__ in names]
 
 
 def is_split(tensor: Tensor) -> bool:

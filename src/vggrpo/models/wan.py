@@ -37,6 +37,8 @@ NUM_TRAIN_TIMESTEPS = 1000.0
 class WanVideoModel:
     """A loaded Wan pipeline. Nothing requires gradients until a LoRA is attached (`vggrpo.models.lora`)."""
 
+    pipeline = "WanPipeline"
+
     def __init__(
         self,
         transformer: nn.Module,

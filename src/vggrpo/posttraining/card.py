@@ -12,19 +12,25 @@ from vggrpo.config import EMBEDDED, TrainConfig, dump_config
 from vggrpo.lgm.model import geometry_licence
 from vggrpo.models.licences import licence_of
 
-_USE_LORA = """from diffusers import WanPipeline
+_USE_LORA = """from diffusers import {pipeline}
 
-pipe = WanPipeline.from_pretrained("the base pipeline")
+pipe = {pipeline}.from_pretrained("the base pipeline")
 pipe.load_lora_weights("this directory")"""
-_USE_FULL = """from diffusers import WanPipeline, WanTransformer3DModel
+_USE_FULL = """from diffusers import {pipeline}, {transformer}
 
-transformer = WanTransformer3DModel.from_pretrained("this directory")
-pipe = WanPipeline.from_pretrained("the base pipeline", transformer=transformer)"""
+transformer = {transformer}.from_pretrained("this directory")
+pipe = {pipeline}.from_pretrained("the base pipeline", transformer=transformer)"""
 _SHOWN = ("loss", "preference_accuracy", "reward/", "kl", "ratio", "clip_fraction", "camera_travel", "dynamic_share")
 
 
 def lora_card(
-    config: TrainConfig, updates: int, last: Mapping[str, Any], validations: Sequence[Mapping[str, Any]] = ()
+    config: TrainConfig,
+    updates: int,
+    last: Mapping[str, Any],
+    validations: Sequence[Mapping[str, Any]] = (),
+    *,
+    pipeline: str = "WanPipeline",
+    transformer: str = "WanTransformer3DModel",
 ) -> str:
     """Markdown with the front matter that model hubs read; of a LoRA, or of whole weights.
 
@@ -32,6 +38,7 @@ def lora_card(
         updates: how many were done.
         last: the newest row of the training log.
         validations: rows of fixed prompts, oldest first; the first is the base model's where it is of update 0.
+        pipeline, transformer: names of the diffusers classes that read the result.
     """
     base = "the embedded pipeline of vggrpo" if config.model.path == EMBEDDED else config.model.path
     full = config.model.tune == "full"
@@ -55,7 +62,7 @@ Made with vggrpo {__version__} on {base}: {config.algorithm}, {updates} of {conf
 {_source(config)}
 
 ```python
-{_USE_FULL if full else _USE_LORA}
+{(_USE_FULL if full else _USE_LORA).format(pipeline=pipeline, transformer=transformer)}
 ```
 
 or `vggrpo generate --pipeline BASE --lora THIS_DIRECTORY --prompts FILE --output DIR`.

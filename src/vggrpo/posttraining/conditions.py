@@ -44,12 +44,19 @@ class Conditions:
         self._prompts = list(dict.fromkeys([*prompts, *others, ""]))
         self._images: dict[str, Path] = {}
         if config.data.first_frames is not None:
-            files = read_image_list(config.data.first_frames, len(prompts))
-            self._images = dict(zip(prompts, files, strict=True))
-            if len(self._images) < len(prompts):
+            self._add_images("data", config.data.first_frames, prompts, len(prompts))
+        if config.validation.first_frames is not None and others:
+            listed = config.validation.prompts  # of which the first ones are used
+            count = len(others) if listed is None else len(read_prompts(listed))
+            self._add_images("validation", config.validation.first_frames, others, count)
+
+    def _add_images(self, section: str, listed: str, prompts: Sequence[str], count: int) -> None:
+        """The first images of a list of `count`, one a prompt."""
+        for prompt, file in zip(prompts, read_image_list(listed, count), strict=False):
+            if self._images.setdefault(prompt, file) != file:
                 raise UserError(
-                    f"data.prompts repeats a prompt, so {config.data.first_frames} is ambiguous; make "
-                    "every prompt unique"
+                    f"{section}.prompts repeats the prompt {prompt[:40]!r}, so {listed} is ambiguous; make every "
+                    "prompt unique"
                 )
 
     @property

@@ -20,7 +20,7 @@ from vggrpo.errors import UserError
 from vggrpo.io.atomic import atomic_path, atomic_write_json
 from vggrpo.models.base import VideoModel
 from vggrpo.models.lora import FULL_WEIGHTS_NAME, attach_lora, export_lora, lora_disabled, lora_parameters
-from vggrpo.models.sharding import is_split, local_part, shard_transformer, split_like, whole
+from vggrpo.models.sharding import is_split, local_part, repeated_blocks, shard_transformer, split_like, whole
 from vggrpo.sampling.seeds import derive_seed
 
 
@@ -40,7 +40,7 @@ class Policy:
         if config.model.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
         if config.model.compile:
-            for block in transformer.blocks:
+            for block in repeated_blocks(transformer):
                 block.compile()
         if config.model.shard:
             if processes.size == 1:
@@ -162,7 +162,7 @@ class Policy:
         with self.averaged():
             if not self.full:
                 if self.processes.is_main:
-                    export_lora(self.model.transformer, directory)
+                    export_lora(self.model.transformer, directory, self.model.pipeline)
             else:
                 state = {name: _saved(parameter) for name, parameter in self.named.items()}
                 if self.processes.is_main:
@@ -217,16 +217,21 @@ def exported(config: TrainConfig, output: Path) -> Path:
     return output / ("transformer" if config.model.tune == "full" else "lora")
 
 
+def class_name(transformer: nn.Module) -> str:
+    """Name of a network's class as diffusers knows it; FSDP puts its own in front."""
+    return type(transformer).__name__.removeprefix("FSDP")
+
+
 def _saved(tensor: Tensor) -> Tensor:
     """A copy on the CPU, in one piece."""
     return whole(tensor).cpu().clone()
 
 
 def _export_transformer(transformer: nn.Module, state: Mapping[str, Tensor], directory: Path) -> None:
-    """`WanTransformer3DModel.from_pretrained(directory)` reads it."""
+    """`from_pretrained(directory)` of the transformer's class reads it."""
     from safetensors.torch import save_file
 
     with atomic_path(directory / FULL_WEIGHTS_NAME) as temporary:
         save_file({name: value.contiguous() for name, value in state.items()}, str(temporary))
     config = {key: value for key, value in transformer.config.items() if not key.startswith("_name")}
-    atomic_write_json(directory / "config.json", {**config, "_class_name": type(transformer).__name__})
+    atomic_write_json(directory / "config.json", {**config, "_class_name": class_name(transformer)})

@@ -31,7 +31,7 @@ from vggrpo.posttraining.algorithm import Algorithm, Context, find_algorithm
 from vggrpo.posttraining.card import lora_card
 from vggrpo.posttraining.conditions import Conditions, load_prompts
 from vggrpo.posttraining.micro_batch import is_out_of_memory
-from vggrpo.posttraining.policy import Policy, exported
+from vggrpo.posttraining.policy import Policy, class_name, exported
 from vggrpo.posttraining.scoring import GeometryReader, check_rewards
 from vggrpo.posttraining.validation import Validation, validation_prompts
 from vggrpo.posttraining.watch import StopRule
@@ -179,7 +179,8 @@ class _Run:
             logs = [self.output / name for name in ("log.jsonl", "validation.jsonl")]
             rows, validations = (read_jsonl(log) if log.is_file() else [] for log in logs)
             last = rows[-1] if rows else {}
-            atomic_write(directory / "README.md", lora_card(self.config, step, last, validations))
+            names = {"pipeline": self.model.pipeline, "transformer": class_name(self.model.transformer)}
+            atomic_write(directory / "README.md", lora_card(self.config, step, last, validations, **names))
 
     def save(self, step: int) -> None:
         """Checkpoint and export, written by the main process; all wait for it."""

@@ -92,6 +92,7 @@ class Validation:
                     guidance_scale=settings.guidance_scale,
                     text=text[places.to(text.device)],
                     negative_text=negative,
+                    first_frame=context.conditions.first_frames([self.prompts[i] for i in chosen], model.device),
                 )
             )
         return torch.cat(parts)

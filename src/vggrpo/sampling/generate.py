@@ -106,7 +106,7 @@ def generate_videos(
 def _load(pipeline: str | Path, lora: str | Path | None, device: str, dtype: str) -> VideoModel:
     model = load_video_model(pipeline, device=device, dtype=dtype)
     if lora is not None:
-        load_tuned(model.transformer, lora)
+        load_tuned(model.transformer, lora, model.pipeline)
     return model
 
 
