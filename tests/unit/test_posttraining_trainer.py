@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from vggrpo.models.wan import WanVideoModel
 from vggrpo.posttraining import train as run_training
 from vggrpo.posttraining import trainer
 from vggrpo.posttraining.grpo import GRPO
+from vggrpo.posttraining.policy import Policy
 from vggrpo.posttraining.replay import Replayer, all_transitions, inner_parts
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "grpo_losses.json"
@@ -158,9 +160,30 @@ def test_a_non_finite_loss_stops_before_the_optimizer(tiny_wan_dir, tmp_path, mo
     monkeypatch.setattr(GRPO, "_advantages", lambda self, values, valid, group: torch.full((8,), torch.nan))
     with pytest.raises(UserError, match="not finite in update 1"):
         train(tiny_wan_dir, tmp_path)
-    saved = torch.load(tmp_path / "nonfinite-000001-rank0.pt", weights_only=True)
-    assert saved["update"] == 1 and len(saved["prompts"]) == 2
     assert all(torch.equal(before[key], value) for key, value in adapter(tmp_path).items())
+    assert not list(tmp_path.glob("nonfinite*"))  # the last checkpoint is that of the update's start
+
+
+def test_an_update_that_was_not_finite_is_repeated_alone(tiny_wan_dir, tmp_path, monkeypatch):
+    """The second of its two steps fails, after the first has changed the weights; nothing was saved since the start."""
+    failed = []
+    plain = Policy.step
+
+    def step(self, number, *, loss=0.0):
+        self.numbers = [*getattr(self, "numbers", []), number]
+        if self.numbers.count(1) == 2:
+            failed.append([parameter.grad.clone() for parameter in self.parameters])
+            loss = math.nan
+        return plain(self, number, loss=loss)
+
+    monkeypatch.setattr(Policy, "step", step)
+    with pytest.raises(UserError, match="nonfinite-000001 on the same command"):
+        train(tiny_wan_dir, tmp_path, updates=3, save_every=3)
+    with pytest.raises(UserError, match=r"not finite in update 1.*the same command repeats it"):
+        train(tiny_wan_dir, tmp_path / "nonfinite-000001", updates=3, save_every=3)
+    first, again = failed
+    assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+    assert any(gradient.any() for gradient in first)
 
 
 def test_a_ratio_off_one_is_recomputed_and_said(tiny_wan_dir, tmp_path, monkeypatch, caplog):

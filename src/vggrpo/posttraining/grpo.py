@@ -308,11 +308,7 @@ class GRPO:
     def _step(self, number: int, result: ReplayStatistics) -> float:
         """The optimizer's step; returns the gradient's norm."""
         zero = torch.zeros((), dtype=torch.float64, device=self.model.device)
-        return self.policy.step(
-            number,
-            loss=sum(result.sums.values(), zero),
-            reproduction=lambda: {"prompts": [self.prompts[i] for i in self._prompts_of(number)]},
-        )
+        return self.policy.step(number, loss=sum(result.sums.values(), zero))
 
     def _statistics(self, statistics: ReplayStatistics, norms: Sequence[float]) -> dict[str, float]:
         names = ("loss", "kl", "ratio", "clip_fraction")

@@ -6,7 +6,7 @@ every weight (float32, the network itself under autocast), and the reference is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,10 @@ from vggrpo.models.base import VideoModel
 from vggrpo.models.lora import FULL_WEIGHTS_NAME, attach_lora, export_lora, lora_disabled, lora_parameters
 from vggrpo.models.sharding import is_split, local_part, repeated_blocks, shard_transformer, split_like, whole
 from vggrpo.sampling.seeds import derive_seed
+
+
+class NonFiniteError(Exception):
+    """Loss or gradient is NaN or infinite on some process."""
 
 
 class Policy:
@@ -79,31 +83,24 @@ class Policy:
         with self._swapped(self._average):
             yield
 
-    def step(
-        self,
-        number: int,
-        *,
-        loss: float | Tensor = 0.0,
-        reproduction: Callable[[], Mapping[str, Any]] = dict,
-    ) -> float:
+    def step(self, number: int, *, loss: float | Tensor = 0.0) -> float:
         """Sum gradients over processes, clip, check, step.
 
         Args:
             number: of the update.
             loss: anything that must be finite beside the gradients.
-            reproduction: what the file of a stopped run holds beside config and weights.
 
         Returns:
             The gradient's norm before it was clipped.
 
         Raises:
-            UserError: when loss or gradients are not finite on any process; no parameter was changed.
+            NonFiniteError: when loss or gradients are not finite on any process; no parameter was changed.
         """
         self._sum_gradients()
         norm = whole(nn.utils.clip_grad_norm_(self.parameters, self.config.optim.grad_clip))
         finite = bool(torch.isfinite(norm)) and bool(torch.isfinite(torch.as_tensor(loss)).all())
         if self.processes.any(not finite, self.model.device):
-            self._stop_on_non_finite(number, reproduction())
+            raise NonFiniteError
         rate = self.config.optim.learning_rate * min(1.0, (number + 1) / max(1, self.config.optim.warmup_updates))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -197,19 +194,6 @@ class Policy:
     def _fill(self, values: Sequence[Tensor]) -> None:
         for parameter, value in zip(self.parameters, values, strict=True):
             local_part(parameter).copy_(value)
-
-    def _stop_on_non_finite(self, number: int, reproduction: Mapping[str, Any]) -> None:
-        """Keep what reproduces the update (its seeds follow from its number), and stop before the weights are
-        spoilt."""
-        file = Path(self.config.output) / f"nonfinite-{number:06d}-rank{self.processes.rank}.pt"
-        weights = {} if self.full else {name: _saved(parameter) for name, parameter in self.named.items()}
-        torch.save(
-            {"update": number, "adapter": weights, "config": self.config.model_dump(mode="json"), **reproduction}, file
-        )
-        raise UserError(
-            f"loss or gradient is not finite in update {number}; nothing was changed and {file} reproduces it: "
-            "lower optim.learning_rate or set model.dtype: float32, and run again to resume"
-        )
 
 
 def exported(config: TrainConfig, output: Path) -> Path:

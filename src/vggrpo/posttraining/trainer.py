@@ -6,6 +6,7 @@ end of the update, and so does a rule of `config.stop`, which ends the run for g
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.metadata
 import json
@@ -15,11 +16,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
 from vggrpo import assets
-from vggrpo.checkpoint import Checkpoint, load_latest, save_checkpoint
+from vggrpo.checkpoint import Checkpoint, load_latest, random_states, save_checkpoint, set_random_states
 from vggrpo.config import EMBEDDED, RewardTerm, TrainConfig, dump_config, resume_difference
 from vggrpo.distributed import Processes, stop_signals
 from vggrpo.errors import UserError
@@ -31,7 +33,7 @@ from vggrpo.posttraining.algorithm import Algorithm, Context, find_algorithm
 from vggrpo.posttraining.card import lora_card
 from vggrpo.posttraining.conditions import Conditions, load_prompts
 from vggrpo.posttraining.micro_batch import is_out_of_memory
-from vggrpo.posttraining.policy import Policy, class_name, exported
+from vggrpo.posttraining.policy import NonFiniteError, Policy, class_name, exported
 from vggrpo.posttraining.scoring import GeometryReader, check_rewards
 from vggrpo.posttraining.validation import Validation, validation_prompts
 from vggrpo.posttraining.watch import StopRule
@@ -131,6 +133,15 @@ def _is_finished(checkpoint: Checkpoint, config: TrainConfig) -> bool:
     return reason is not None
 
 
+class _Before(NamedTuple):
+    """The state before an update. `tensors` are the policy's; None for whole weights, of which a copy with their
+    moments is too large: such an update is repeated from the last checkpoint."""
+
+    tensors: dict[str, Any] | None
+    algorithm: dict[str, Any]
+    random: dict[str, torch.Tensor]
+
+
 class _Run:
     """Everything that changes while a run goes on."""
 
@@ -140,6 +151,7 @@ class _Run:
         self.validation = validation
         self.rule = StopRule(context.config.stop)
         self.output = Path(context.config.output)
+        self.saved = 0  # updates in the last checkpoint
 
     def loop(self, start: int, tracker: Tracker, stop: threading.Event) -> None:
         """Do the remaining updates; save every `save_every`, at the end, when asked to, and when a rule ends it."""
@@ -149,8 +161,12 @@ class _Run:
             if self.validation.due(number):
                 tracker.validate(number, *self.validation.run())
             watch = Stopwatch(self.model.device)
-            with watch.stage("total"):
-                metrics = self.algorithm.update(number, watch)
+            before = self._before()
+            try:
+                with watch.stage("total"):
+                    metrics = self.algorithm.update(number, watch)
+            except NonFiniteError:
+                raise UserError(self._kept_for_repeating(number, before)) from None
             done = number + 1
             stopping = self.processes.any(stop.is_set(), self.model.device)
             self.rule.observe(metrics, watch.seconds["total"])
@@ -172,6 +188,24 @@ class _Run:
         if self.config.validation.every or start >= last:
             self.export(max(start, done))
 
+    def _before(self) -> _Before:
+        """What repeats the update that comes, whatever it changes before it fails."""
+        tensors = None if self.policy.full else self.policy.tensors()
+        return _Before(tensors, copy.deepcopy(self.algorithm.state()), random_states(self.model.device))
+
+    def _kept_for_repeating(self, number: int, before: _Before) -> str:
+        """After an update that was not finite: keep a run that begins with it, and say so. All processes take part."""
+        advice = "lower optim.learning_rate or set model.dtype: float32, and run again to resume"
+        said = f"loss or gradient is not finite in update {number}; nothing of it was kept"
+        if number == self.saved or before.tensors is None:
+            return f"{said}: {advice}; without a change the same command repeats it"
+        tensors = {**before.tensors, "random": self._gather_random_states(before.random)}
+        folder = self.output / f"nonfinite-{number:06d}"
+        if self.processes.is_main:
+            save_checkpoint(folder / "checkpoints", number, tensors, self._state(before.algorithm), keep_last=1)
+        self.processes.barrier()
+        return f"{said}: {advice}. output={folder} on the same command repeats that update alone"
+
     def export(self, step: int) -> None:
         """The weights as diffusers loads them, with their model card; all processes take part."""
         directory = self.policy.export(self.output)
@@ -184,28 +218,30 @@ class _Run:
 
     def save(self, step: int) -> None:
         """Checkpoint and export, written by the main process; all wait for it."""
-        tensors = {**self.policy.tensors(), "random": self._gather_random_states()}
+        tensors = {**self.policy.tensors(), "random": self._gather_random_states(random_states(self.model.device))}
         if self.processes.is_main:
-            state = {
-                "config": self.config.model_dump(mode="json"),
-                "prompts": self.fingerprint,
-                "algorithm": self.algorithm.state(),
-                "stop": self.rule.state(),
-                "versions": _versions(),
-            }
+            state = self._state(self.algorithm.state())
             save_checkpoint(self.output / "checkpoints", step, tensors, state, keep_last=self.config.keep_last)
+        self.saved = step
         self.export(step)
         self.processes.barrier()
+
+    def _state(self, algorithm: dict[str, Any]) -> dict[str, Any]:
+        """What a checkpoint says beside its tensors."""
+        return {
+            "config": self.config.model_dump(mode="json"),
+            "prompts": self.fingerprint,
+            "algorithm": algorithm,
+            "stop": self.rule.state(),
+            "versions": _versions(),
+        }
 
     def resume(self, checkpoint: Checkpoint) -> int:
         """Put back weights, optimizer, random state and the algorithm's own; returns the next update's number."""
         self.policy.load(checkpoint.tensors)
         states = checkpoint.tensors["random"]
         if self.processes.rank < len(states):
-            random = states[self.processes.rank]
-            torch.set_rng_state(random["cpu"])
-            if "cuda" in random and self.model.device.type == "cuda":
-                torch.cuda.set_rng_state(random["cuda"], self.model.device)
+            set_random_states(states[self.processes.rank], self.model.device)
         self.algorithm.load_state(checkpoint.state["algorithm"])
         self.rule = StopRule(self.config.stop, checkpoint.state.get("stop"))
         if _versions() != checkpoint.state["versions"]:
@@ -214,13 +250,11 @@ class _Run:
                 checkpoint.state["versions"],
                 _versions(),
             )
+        self.saved = checkpoint.step
         return checkpoint.step
 
-    def _gather_random_states(self) -> list[dict[str, torch.Tensor]]:
+    def _gather_random_states(self, mine: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
         """State of the random generators of every process."""
-        mine = {"cpu": torch.get_rng_state()}
-        if self.model.device.type == "cuda":
-            mine["cuda"] = torch.cuda.get_rng_state(self.model.device)
         gathered = {
             name: self.processes.gather(state.to(self.model.device)).cpu().chunk(self.processes.size)
             for name, state in mine.items()
