@@ -55,7 +55,7 @@ class ModelConfig(_Section):
     device: str = "auto"
     """"auto" (CUDA if there is one), "cpu", "cuda", "cuda:1"; each process of several takes its own."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: about 30 % slower, a fraction of the memory."""
+    """Recompute activations in the backward pass: one more forward pass of the replay, a fraction of the memory."""
     tune: Literal["lora", "full"] = "lora"
     """Train an adapter, or every weight of the transformer (20 bytes of memory a parameter, gradients included)."""
     compile: bool = False
