@@ -28,7 +28,7 @@ from vggrpo import assets
 from vggrpo.evaluation.audit_page import Terms, write_audit_page
 from vggrpo.evaluation.statistics import spearman, within_group_spearman
 from vggrpo.geometry import GeometryPrediction
-from vggrpo.io.atomic import atomic_write_json, ensure_directory
+from vggrpo.io.atomic import atomic_write_json, ensure_directory, without_nan
 from vggrpo.lgm import LatentGeometryModel
 from vggrpo.lgm.cache import teacher_views
 from vggrpo.lgm.model import load_teacher
@@ -117,7 +117,7 @@ def audit_reward(
     }  # fmt: skip
     write_audit_page(Path(output) / "audit.html", result, rendered, generated, groups)
     _print(result)
-    result = _without_nan(result)
+    result = without_nan(result)  # an untrained LGM may have no valid clip at all
     atomic_write_json(Path(output) / "audit.json", result)
     return result
 
@@ -248,14 +248,6 @@ def _correlation(first: Tensor, second: Tensor, groups: list[int] | None = None)
     ok = (first.isfinite() & second.isfinite()).nonzero().flatten().tolist()
     a, b = first[ok].numpy(), second[ok].numpy()
     return spearman(a, b) if groups is None else within_group_spearman(a, b, [groups[i] for i in ok])
-
-
-def _without_nan(values: dict[str, Any]) -> dict[str, Any]:
-    """The same with None for what is undefined: an untrained LGM may have no valid clip at all."""
-    return {
-        key: _without_nan(value) if isinstance(value, dict) else None if value != value else value
-        for key, value in values.items()
-    }
 
 
 def _print(result: dict[str, Any]) -> None:

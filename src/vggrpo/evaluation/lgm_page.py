@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from vggrpo.evaluation.lgm_analysis import SHOWN
-from vggrpo.io.atomic import atomic_write, atomic_write_json, ensure_directory
+from vggrpo.io.atomic import atomic_write, atomic_write_json, ensure_directory, without_nan
 
 UNITS = {
     "abs_rel": "relative", "translation": "median depths", "rotation": "rad", "fov": "rad", "flow": "median depths",
@@ -23,15 +22,6 @@ def write_analysis(output: Path, result: Mapping[str, Any]) -> dict[str, Any]:
     _print(kept)
     _draw(output / "analysis.html", kept)
     return kept
-
-
-def without_nan(value: Any) -> Any:
-    """JSON has no NaN: null instead."""
-    if isinstance(value, Mapping):
-        return {key: without_nan(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_nan(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 Grid = tuple[str, list[str], list[list[str]]]  # title, header, rows

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from vggrpo.errors import UserError
 
@@ -85,6 +87,15 @@ def atomic_write(path: Path | str, content: str | bytes) -> Path:
         else:
             temporary.write_text(content, encoding="utf-8")
     return Path(path)
+
+
+def without_nan(value: Any) -> Any:
+    """The same with None for NaN and infinity, which are not JSON."""
+    if isinstance(value, Mapping):
+        return {key: without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def atomic_write_json(path: Path | str, value: object) -> Path:
