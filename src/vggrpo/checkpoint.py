@@ -1,9 +1,8 @@
 """Checkpoints that are whole or absent, and a resume that falls back when the last one is damaged.
 
-A checkpoint is a directory `step-000010` with `tensors.pt` (adapter, optimizer, RNG), `state.json` (step, config,
-counters, versions) and
-`checksums.json` (SHA-256 of both). It is written beside its place and renamed into it, so a crash or a full disk leaves
-the older ones intact.
+A checkpoint is a directory `step-000010` with `tensors.pt` (adapter, optimizer, random states), `state.json` (step,
+config, counters, versions) and `checksums.json` (SHA-256 of both). It is written beside its place and renamed into it,
+so a crash or a full disk leaves the older ones intact.
 """
 
 from __future__ import annotations
@@ -11,14 +10,19 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
+import random
 import shutil
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from vggrpo.errors import UserError
 from vggrpo.io.atomic import ensure_directory
@@ -97,6 +101,44 @@ def load_latest(directory: Path | str) -> Checkpoint | None:
             f"all {len(found)} checkpoints in {directory} are damaged; delete the directory to start afresh"
         )
     return None
+
+
+def random_states(device: torch.device) -> dict[str, Tensor]:
+    """Of this process's generators: torch's on the CPU and on `device`, NumPy's and Python's global ones (a reward may
+    draw from any). Each is one tensor, of a length that all processes share."""
+    _, words, place, pending, spare = np.random.get_state()
+    _, integers, other_spare = random.getstate()
+    states = {
+        "cpu": torch.get_rng_state(),
+        "numpy": _packed([*words.tolist(), place, pending], spare),
+        "python": _packed(integers, math.nan if other_spare is None else other_spare),
+    }
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def set_random_states(states: dict[str, Tensor], device: torch.device) -> None:
+    """Put back what `random_states` gave; a generator that an older checkpoint does not hold is left as it is."""
+    torch.set_rng_state(states["cpu"])
+    if "numpy" in states:
+        (*words, place, pending), spare = _unpacked(states["numpy"])
+        np.random.set_state(("MT19937", np.array(words, dtype=np.uint32), place, pending, spare))
+    if "python" in states:
+        integers, spare = _unpacked(states["python"])
+        random.setstate((random.getstate()[0], tuple(integers), None if math.isnan(spare) else spare))
+    if "cuda" in states and device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"], device)
+
+
+def _packed(integers: Sequence[int], number: float) -> Tensor:
+    """Integers and the bits of a float64, as int64."""
+    bits = torch.tensor([number], dtype=torch.float64).view(torch.int64)
+    return torch.cat([torch.tensor(integers, dtype=torch.int64), bits])
+
+
+def _unpacked(packed: Tensor) -> tuple[list[int], float]:
+    return packed[:-1].tolist(), float(packed[-1:].view(torch.float64))
 
 
 def _list(root: Path) -> list[Path]:

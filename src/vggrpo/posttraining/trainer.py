@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from vggrpo import assets
-from vggrpo.checkpoint import Checkpoint, load_latest, save_checkpoint
+from vggrpo.checkpoint import Checkpoint, load_latest, random_states, save_checkpoint, set_random_states
 from vggrpo.config import EMBEDDED, RewardTerm, TrainConfig, dump_config, resume_difference
 from vggrpo.distributed import Processes, stop_signals
 from vggrpo.errors import UserError
@@ -201,10 +201,7 @@ class _Run:
         self.policy.load(checkpoint.tensors)
         states = checkpoint.tensors["random"]
         if self.processes.rank < len(states):
-            random = states[self.processes.rank]
-            torch.set_rng_state(random["cpu"])
-            if "cuda" in random and self.model.device.type == "cuda":
-                torch.cuda.set_rng_state(random["cuda"], self.model.device)
+            set_random_states(states[self.processes.rank], self.model.device)
         self.algorithm.load_state(checkpoint.state["algorithm"])
         self.rule = StopRule(self.config.stop, checkpoint.state.get("stop"))
         if _versions() != checkpoint.state["versions"]:
@@ -217,12 +214,9 @@ class _Run:
 
     def _gather_random_states(self) -> list[dict[str, torch.Tensor]]:
         """State of the random generators of every process."""
-        mine = {"cpu": torch.get_rng_state()}
-        if self.model.device.type == "cuda":
-            mine["cuda"] = torch.cuda.get_rng_state(self.model.device)
         gathered = {
             name: self.processes.gather(state.to(self.model.device)).cpu().chunk(self.processes.size)
-            for name, state in mine.items()
+            for name, state in random_states(self.model.device).items()
         }
         # Clones: a generator does not take a view into a larger tensor.
         return [{name: parts[rank].clone() for name, parts in gathered.items()} for rank in range(self.processes.size)]
