@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -23,6 +26,8 @@ from vggrpo.checkpoint import load_latest
 from vggrpo.models.lora import load_tuned
 from vggrpo.models.wan import WanVideoModel
 from vggrpo.posttraining import train as run_training
+from vggrpo.rewards import camera_motion_smoothness
+from vggrpo.rewards.registry import REWARDS
 
 pytestmark = pytest.mark.e2e
 
@@ -35,6 +40,28 @@ def test_four_updates_equal_two_and_two(tiny_wan_dir, tmp_path):
     before = (tmp_path / "parts" / "log.jsonl").read_text()
     train(tiny_wan_dir, tmp_path / "parts", updates=4)  # finished: nothing is done again
     assert (tmp_path / "parts" / "log.jsonl").read_text() == before
+
+
+def test_a_reward_that_draws_random_numbers_goes_on_with_them(tiny_wan_dir, tmp_path, monkeypatch):
+    """From the global generators of torch, NumPy and Python, as a plug-in may."""
+
+    def restless(prediction, *, context=None):
+        reward = camera_motion_smoothness(prediction)
+        noise = torch.rand(len(reward.value)) + np.random.normal() + random.gauss(0, 1)
+        return replace(reward, value=reward.value + noise)
+
+    def begin(seed):
+        random.seed(seed)
+        np.random.seed(seed)
+
+    monkeypatch.setitem(REWARDS, "restless", restless)
+    begin(0)
+    train(tiny_wan_dir, tmp_path / "whole", updates=4, rewards={"restless": 1})
+    begin(0)
+    train(tiny_wan_dir, tmp_path / "parts", updates=2, rewards={"restless": 1})
+    begin(1)
+    train(tiny_wan_dir, tmp_path / "parts", updates=4, rewards={"restless": 1})
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
 def test_a_signal_saves_at_the_end_of_the_update(tiny_wan_dir, tmp_path):

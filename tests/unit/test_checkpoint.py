@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import random
+
+import numpy as np
 import pytest
 import torch
 
 from vggrpo import checkpoint
-from vggrpo.checkpoint import load_latest, save_checkpoint
+from vggrpo.checkpoint import load_latest, random_states, save_checkpoint, set_random_states
 from vggrpo.errors import UserError
+
+CPU = torch.device("cpu")
 
 
 def save(root, step, **options):
@@ -70,3 +75,24 @@ def test_a_crash_while_writing_is_ignored(tmp_path):
     save(tmp_path, 1)
     (tmp_path / ".step-000002.abc.partial").mkdir()
     assert load_latest(tmp_path).step == 1
+
+
+def test_random_generators_go_on_where_they_were(tmp_path):
+    def draw():
+        return torch.rand(()).item(), np.random.normal(), np.random.rand(), random.gauss(0, 1), random.random()
+
+    for _ in range(2):  # normal numbers come in pairs: once with one left over, once with none
+        save_checkpoint(tmp_path, 1, {"random": [random_states(CPU)]}, {})
+        expected = [draw() for _ in range(3)]
+        set_random_states(load_latest(tmp_path).tensors["random"][0], CPU)
+        assert [draw() for _ in range(3)] == expected
+
+
+def test_a_checkpoint_of_torchs_random_state_alone_leaves_the_others(tmp_path):
+    old = {"cpu": torch.get_rng_state()}
+    expected = torch.rand(())
+    before = random_states(CPU)
+    set_random_states(old, CPU)
+    after = random_states(CPU)
+    assert torch.equal(after["numpy"], before["numpy"]) and torch.equal(after["python"], before["python"])
+    assert torch.equal(torch.rand(()), expected)

@@ -106,6 +106,16 @@ def test_out_of_memory_halves_and_gives_the_same_gradient(tiny_wan_dir, tmp_path
     assert (gradient - one_by_one).norm() < 1e-5 * one_by_one.norm()
 
 
+def test_checkpointing_computes_the_blocks_twice_and_gives_the_same_gradient(tiny_wan_dir, tmp_path, one_by_one):
+    grpo = grpo_of(tiny_wan_dir, tmp_path, "model.gradient_checkpointing=true", "grpo.micro_batch=8")
+    transformer, calls = grpo.model.transformer, []
+    assert transformer.is_gradient_checkpointing
+    transformer.blocks[0].register_forward_pre_hook(lambda *_: calls.append(1) if torch.is_grad_enabled() else None)
+    gradient = gradient_of(grpo)
+    assert len(calls) == 2 * 2  # two micro-batches of 8 transitions
+    assert (gradient - one_by_one).norm() < 1e-5 * one_by_one.norm()
+
+
 def test_what_does_not_fit_one_by_one_or_was_given_is_an_error(monkeypatch):
     def full(size):
         raise torch.OutOfMemoryError("CUDA out of memory")

@@ -213,13 +213,16 @@ def test_a_network_that_never_repeats_itself_is_refused(tiny_wan_dir, tmp_path, 
     assert load_latest(tmp_path / "checkpoints") is None
 
 
-def test_out_of_memory_names_the_settings(tiny_wan_dir, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("owner", "where"), [(Replayer, "backward"), (GRPO, "_rollout")])
+def test_out_of_memory_names_the_settings(tiny_wan_dir, tmp_path, monkeypatch, owner, where):
     def full(self, *arguments):
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(Replayer, "backward", full)
-    with pytest.raises(UserError, match=r"grpo\.micro_batch"):
+    monkeypatch.setattr(owner, where, full)
+    with pytest.raises(UserError, match="out of memory") as error:
         train(tiny_wan_dir, tmp_path)
+    for setting in ("grpo.micro_batch", "sampling.micro_batch", "lgm.micro_batch", "model.gradient_checkpointing"):
+        assert setting in str(error.value)
 
 
 def test_a_full_disk_says_what_to_do():

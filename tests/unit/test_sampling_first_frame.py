@@ -116,14 +116,15 @@ def test_training_from_images(ti2v_dir, images, tmp_path):
     assert len(torch.unique(torch.cat(seen), dim=0)) == 2  # every clip starts with one of the two images
 
 
-@pytest.mark.parametrize("algorithm", ["sft", "dpo", "nft", "direct"])
-def test_rivals_leave_the_given_frame_alone(ti2v_dir, images, tmp_path, monkeypatch, algorithm):
+@pytest.mark.parametrize("algorithm", ["grpo", "sft", "dpo", "nft", "direct"])
+def test_algorithms_leave_the_given_frame_alone(ti2v_dir, images, tmp_path, monkeypatch, caplog, algorithm):
     """In every call of the network it is clean and at time 0; what the network says there carries no gradient."""
     config = load_config(
         {
             "algorithm": algorithm, "output": str(tmp_path / "run"), "updates": 2, "save_every": 2,
             "model": {"path": str(ti2v_dir)}, "lora": {"rank": 2}, "sampling": {"num_steps": 3, "window": 1},
             "data": {"num_frames": 13, "height": 32, "width": 64, "first_frames": str(images)},
+            "grpo": {"prompts_per_update": 2, "samples_per_prompt": 3},
             "sft": {"candidates": 2, "keep": 0.5, "batch": 2},
             "dpo": {"pairs": "latent", "min_gap": 0, "candidates": 3},
             "nft": {"prompts_per_update": 2, "samples_per_prompt": 3, "times": 2},
@@ -149,6 +150,7 @@ def test_rivals_leave_the_given_frame_alone(ti2v_dir, images, tmp_path, monkeypa
     assert all(t.ndim == 2 and not t[:, 0].any() and (t[:, 1:] == t[:, 1:2]).all() for t in times)
     assert all(float(t[:, 1].min()) > 0 for t in times)
     assert gradients and all(not g[:, :, 0].any() and g[:, :, 1:].any() for g in gradients)
+    assert "recomputed" not in caplog.text  # GRPO's roll-out and replay count the same frames
 
 
 def test_validation_continues_its_own_images(ti2v_dir, images, tmp_path):

@@ -73,6 +73,23 @@ def test_frames_equal_those_of_plain_diffusers_with_the_lora(pipeline_dir, lora_
         torch.testing.assert_close(model.decode(latents).transpose(1, 2), theirs, rtol=0, atol=1 / 255)
 
 
+def test_generated_latents_equal_those_of_plain_diffusers_with_the_lora(pipeline_dir, lora_dir, tmp_path):
+    from diffusers import WanPipeline
+
+    pipe = WanPipeline.from_pretrained(str(pipeline_dir))
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_lora_weights(str(lora_dir))
+    theirs = pipe(
+        PROMPTS[0], generator=torch.Generator().manual_seed(video_seed(0, 0)), output_type="latent", height=16,
+        width=32, num_frames=5, num_inference_steps=3, guidance_scale=1.0,
+    ).frames[0]  # fmt: skip
+    for lora in (lora_dir, None):
+        generate_videos(PROMPTS[:1], tmp_path, pipeline=pipeline_dir, lora=lora, save_latents=True, **SIZES)
+    tuned, base = (load_file(next((tmp_path / arm).glob("*.safetensors")))["latents"] for arm in ("tuned", "base"))
+    torch.testing.assert_close(tuned, theirs, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(base, theirs, atol=1e-2)
+
+
 def test_arms_are_pairs_and_finished_files_are_kept(tiny_wan_dir, tmp_path):
     options = {"pipeline": tiny_wan_dir, "seeds": (0, 1), "micro_batch": 4, "save_latents": True} | SIZES
     manifest = generate_videos(PROMPTS, tmp_path, **options)
