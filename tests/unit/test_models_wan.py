@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from vggrpo.errors import UserError
 from vggrpo.models.base import LatentSpec, VideoModel
+from vggrpo.models.loading import load_video_model
 from vggrpo.models.wan import WanVideoModel, read_latent_spec
 
 PROMPTS = ["a red sphere rolls", "", "zyzzyva 龙 the box", "the camera orbits left " * 200]
@@ -104,6 +105,37 @@ def test_weights_that_a_file_lacks_are_one_line(tiny_wan_dir, tmp_path, capfd):
     with pytest.raises(UserError, match="no such directory"):
         WanVideoModel.from_pretrained(tmp_path / "none")
     assert "not initialized" not in capfd.readouterr().err
+
+
+def test_a_name_that_is_no_directory_is_asked_of_the_hub(tiny_wan_dir, monkeypatch):
+    """Every part of it, by diffusers and transformers, which look in their cache and download."""
+    from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+    from transformers import AutoTokenizer, UMT5EncoderModel
+
+    hub_id, asked = "some-lab/Wan-tiny", []
+
+    def answer_for_the_hub(owner, method):
+        plain = getattr(owner, method).__func__
+
+        def loaded(cls, name, *arguments, **options):
+            if name == hub_id:
+                asked.append(options.get("subfolder", "model_index.json"))
+                name = str(tiny_wan_dir)
+            return plain(cls, name, *arguments, **options)
+
+        monkeypatch.setattr(owner, method, classmethod(loaded))
+
+    for owner in (WanPipeline, AutoencoderKLWan):
+        answer_for_the_hub(owner, "load_config")
+    euler = FlowMatchEulerDiscreteScheduler
+    for owner in (WanTransformer3DModel, AutoencoderKLWan, UMT5EncoderModel, AutoTokenizer, euler):
+        answer_for_the_hub(owner, "from_pretrained")
+    model = load_video_model(hub_id, device="cpu")
+    parts = {"model_index.json", "transformer", "vae", "text_encoder", "tokenizer", "scheduler"}
+    assert set(asked) == parts and model.latent_spec == read_latent_spec(tiny_wan_dir)
+    for name in ("wan", str(tiny_wan_dir / "none")):
+        with pytest.raises(UserError, match="no such directory"):
+            load_video_model(name, device="cpu")
 
 
 def test_broken_directories_are_user_errors(tiny_wan_dir, tmp_path):

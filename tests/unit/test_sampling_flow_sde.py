@@ -47,15 +47,18 @@ def reference(x, v, t, t_next, a, variant, low=0.1, high=0.9):
         return (1 - t_next) * x0 + math.sqrt(t_next**2 - std**2) * (x + (1 - t) * v), std
     if variant == "dance":
         return x + v * dt + a**2 / 2 * (x - (1 - t) * x0) / t**2 * dt, a * math.sqrt(-dt)
-    s = a * math.sqrt(t / (1 - t)) if variant == "flow_grpo" else low + (high - low) * t
+    stand_in = t_next if t > 0.999 else t
+    s = a * math.sqrt(t / (1 - stand_in)) if variant == "flow_grpo" else low + (high - low) * t
     mean = x * (1 + s**2 / (2 * t) * dt) + v * (1 + s**2 * (1 - t) / (2 * t)) * dt
     return mean, s * math.sqrt(-dt)
 
 
 @pytest.mark.parametrize("variant", OPTIONS)
-@given(t=st.floats(0.05, 0.99), share=st.floats(0.05, 0.95), a=st.floats(0.1, 1.0))
+@given(t=st.floats(0.05, 0.99) | st.just(1.0), share=st.floats(0.05, 0.95), a=st.floats(0.1, 0.99))
 @settings(max_examples=30, deadline=None)
 def test_each_variant_equals_its_formula(variant, t, share, a):
+    """In float64, and in float32 within 1e-5 (of what is large, relative). Not up to a = 1, where float32 leaves few
+    digits of cps's sqrt(t_next^2 - std^2): there its mean is off by up to 6e-5."""
     generator = torch.Generator().manual_seed(0)
     x, v, noise = torch.randn(3, 2, 3, 4, dtype=torch.float64, generator=generator)
     t_next = t * share
@@ -70,7 +73,10 @@ def test_each_variant_equals_its_formula(variant, t, share, a):
     single = sde_step(
         x.float(), v.float(), t, t_next, noise_level=a, variant=variant, noise=noise.float(), **OPTIONS[variant]
     )
-    assert (single.mean.double() - mean).abs().max() < 1e-5 * mean.abs().max().clamp_min(1)
+    std = torch.tensor(std, dtype=torch.float64)
+    for ours, exact in zip(vars(single).values(), (mean + std * noise, mean, std, expected), strict=True):
+        assert ours.dtype == torch.float32
+        assert (ours.double() - exact).abs().max() < 1e-5 * exact.abs().max().clamp_min(1)
 
 
 @pytest.mark.parametrize("variant", OPTIONS)
