@@ -43,9 +43,17 @@ from vggrpo.config_algorithms import least_micro_batch
 from vggrpo.distributed import Processes
 from vggrpo.geometry import GeometryPrediction
 from vggrpo.io.atomic import atomic_write
+from vggrpo.lgm import LatentGeometryModel
 from vggrpo.models.base import GeometryModel, LatentSpec
 from vggrpo.models.loading import pick_device
-from vggrpo.models.memory import TransformerShape, block_values, forward_memory, pipeline_shape, training_memory
+from vggrpo.models.memory import (
+    TransformerShape,
+    block_values,
+    forward_memory,
+    geometry_memory,
+    pipeline_shape,
+    training_memory,
+)
 from vggrpo.models.wan import WanVideoModel
 from vggrpo.posttraining.algorithm import Context
 from vggrpo.posttraining.grpo import GRPO
@@ -131,6 +139,15 @@ def account(config: TrainConfig) -> dict[str, float]:
     }
 
 
+def account_geometry(config: TrainConfig) -> dict[str, float]:
+    """GiB that the reward's geometry of one clip holds at once: counted, and by the doctor's formula."""
+    data = config.data
+    return {
+        "geometry_gib": geometry_peak(config) / _GIB,
+        "doctor_geometry_gib": geometry_memory(data.num_frames, data.height, data.width),
+    }
+
+
 def _kept_bytes(config: TrainConfig, shape: TransformerShape, dtype: torch.dtype, layers: int) -> int:
     """Bytes of distinct storages that autograd keeps of a forward pass with so many layers, weights left out."""
     kept: dict[int, int] = {}
@@ -153,6 +170,23 @@ def _forward_peak(config: TrainConfig, shape: TransformerShape, dtype: torch.dty
     fake = _fake_forward(config, shape, dtype, 1, config.sampling.micro_batch)
     with fake as (_, forward), torch.no_grad(), _Peak() as peak:
         forward()
+    return peak.most
+
+
+def geometry_peak(config: TrainConfig) -> int:
+    """Most bytes that reading one clip's geometry with an LGM around Any4D holds at once, weights left out."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from vggrpo.models.any4d import Any4D, Any4DConfig
+
+    shape, data = _shape(config), config.data
+    with FakeTensorMode():
+        lgm = random_lgm(Any4D(Any4DConfig()), shape)
+        lgm._check = lambda latents: None  # type: ignore[method-assign]  # fake values cannot be looked at
+        spec = LatentSpec(_channels(shape), spatial_stride=shape.spatial_stride)
+        latents = torch.zeros(1, *spec.latent_shape(data.num_frames, data.height, data.width))
+        with torch.no_grad(), _Peak() as peak:
+            lgm.predict(latents)
     return peak.most
 
 
@@ -333,8 +367,6 @@ def _shape(config: TrainConfig) -> TransformerShape:
 
 def _reader(config: TrainConfig, device: torch.device) -> tuple[Reader, str]:
     """What the recipe's rewards read geometry with, and its name."""
-    from vggrpo.lgm import LatentGeometryModel
-
     if config.lgm.path == EMBEDDED or Path(config.lgm.path).is_dir():
         folder = assets.path("lgm") if config.lgm.path == EMBEDDED else Path(config.lgm.path)
         return LatentGeometryModel.from_pretrained(folder).to(device).eval().requires_grad_(False), str(folder)
@@ -351,14 +383,8 @@ def _reader(config: TrainConfig, device: torch.device) -> tuple[Reader, str]:
 def random_reader(geometry: GeometryModel, shape: TransformerShape, maps: Reader) -> Reader:
     """An LGM around `geometry` that is run on the latents, in bfloat16, before `maps` answers: random weights see
     nothing that a reward could judge."""
-    from vggrpo.lgm.model import LatentGeometryModel, LGMConfig
-
-    config = LGMConfig(
-        geometry="", vae="random", latent_channels=_channels(shape), stride=16 // shape.spatial_stride, lora_rank=0,
-        backend=geometry.model_type,
-    )  # fmt: skip
     device = geometry.special_tokens(0).device
-    lgm = LatentGeometryModel(config, geometry).to(device).eval().requires_grad_(False)
+    lgm = random_lgm(geometry, shape).to(device)
 
     def read(latents: Tensor) -> GeometryPrediction:
         with torch.autocast(device.type, torch.bfloat16):
@@ -366,6 +392,17 @@ def random_reader(geometry: GeometryModel, shape: TransformerShape, maps: Reader
         return maps(latents)
 
     return read
+
+
+def random_lgm(geometry: GeometryModel, shape: TransformerShape) -> LatentGeometryModel:
+    """An LGM around `geometry` for the latents of a transformer of that shape."""
+    from vggrpo.lgm.model import LGMConfig
+
+    config = LGMConfig(
+        geometry="", vae="random", latent_channels=_channels(shape), stride=16 // shape.spatial_stride, lora_rank=0,
+        backend=geometry.model_type,
+    )  # fmt: skip
+    return LatentGeometryModel(config, geometry).eval().requires_grad_(False)
 
 
 def _maps(size: tuple[int, int], latents: Tensor) -> GeometryPrediction:
@@ -395,7 +432,8 @@ def main() -> None:
             print(json.dumps(sweep(arguments.recipe, overrides, arguments.sweep), indent=1))
             return
         config = load_config(arguments.recipe, overrides)
-        print(json.dumps(account(config) if arguments.account else measure(config), indent=1))
+        found = account(config) | account_geometry(config) if arguments.account else measure(config)
+        print(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

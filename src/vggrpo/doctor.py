@@ -12,7 +12,7 @@ import platform
 from pathlib import Path
 
 from vggrpo.models.licences import WEIGHTS, Weights
-from vggrpo.models.memory import TEXT_ENCODER, forward_memory, pipeline_shape, training_memory
+from vggrpo.models.memory import ANY4D, TEXT_ENCODER, forward_memory, geometry_memory, pipeline_shape, training_memory
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "av", "opencv-python-headless", "plotly")
 RECIPES = (
@@ -31,9 +31,11 @@ def recipe_memory(name: str) -> dict[str, float]:
     """Memory in GiB that each stage of a shipped recipe needs on one GPU, without `model.shard`:
 
     "encode": transformer and text encoder together, once, before the first update, until the prompts are cached;
-    "roll-out": transformer, the states of all videos (unless `sampling.offload`), and a forward pass of about
-    `8 d + 2 f` values a token; "update": `training_memory` and the same states; "geometry model": added to both where
-    its weights are on this machine, else left out. `micro_batch: auto` counts as 1, the least that it falls back to.
+    "roll-out": transformer, the states of all videos (unless `sampling.offload`), and a forward pass
+    (`forward_memory`); "reward": transformer, states, and the geometry of `lgm.micro_batch` clips (`geometry_memory`;
+    not for the embedded recipe, whose network is small); "update": `training_memory` and the states. All but the first
+    hold the geometry model's weights: the embedded one's, or those of Any4D in float32. `micro_batch: auto` counts as
+    1, the least that it falls back to.
 
     Raises:
         UserError: when the recipe or its pipeline is missing.
@@ -54,11 +56,15 @@ def recipe_memory(name: str) -> dict[str, float]:
     calls = least_micro_batch(config.sampling.micro_batch) * (2 if config.sampling.guidance_scale != 1 else 1)
     weights = (4 if full else size) * shape.parameters
     forward = forward_memory(shape, tokens, batch=calls, value_bytes=size)
-    lgm = path("lgm") if config.lgm.path == EMBEDDED else Path(config.lgm.path)
-    geometry = sum(file.stat().st_size for file in lgm.rglob("*.safetensors")) / _GIB if lgm.is_dir() else 0.0
-    stages = {
+    small = config.lgm.path == EMBEDDED
+    files = [file for part in ("lgm", "geometry") for file in path(part).rglob("*.safetensors")] if small else []
+    geometry = (2 * sum(file.stat().st_size for file in files) if small else 4 * ANY4D) / _GIB  # stored in float16
+    data = config.data
+    reading = 0.0 if small else geometry_memory(data.num_frames, data.height, data.width) * config.lgm.micro_batch
+    return {
         "encode": (weights + (0 if embedded else size * TEXT_ENCODER)) / _GIB,
         "roll-out": (weights + kept) / _GIB + forward + geometry,
+        "reward": (weights + kept) / _GIB + reading + geometry,
         "update": kept / _GIB
         + geometry
         + training_memory(
@@ -71,7 +77,6 @@ def recipe_memory(name: str) -> dict[str, float]:
             full=full,
         ),
     }
-    return stages | ({"geometry model": geometry} if geometry else {})
 
 
 def is_cached(repository: str, cache: Path | None = None) -> bool:
@@ -153,10 +158,9 @@ def _recipe_line(name: str) -> str:
         stages = recipe_memory(name)
     except UserError as error:
         return f"unknown: {error}"
-    parts = ", ".join(f"{stage} {size:.1f}" for stage, size in stages.items() if stage != "geometry model")
-    known = "" if "geometry model" in stages else "; without the geometry model, which is not here"
+    parts = ", ".join(f"{stage} {size:.1f}" for stage, size in stages.items())
     peak = max(stages.values())
-    return f"about {peak:.1f} GiB ({parts}{known})" if peak >= 1 else f"about {peak * 1024:.0f} MiB"
+    return f"about {peak:.1f} GiB ({parts})" if peak >= 1 else f"about {peak * 1024:.0f} MiB"
 
 
 def _weights_line(weights: Weights) -> str:

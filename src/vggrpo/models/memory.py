@@ -55,6 +55,7 @@ SHAPES = {
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": TransformerShape(5120, 13824, 40),
     "Wan-AI/Wan2.2-TI2V-5B-Diffusers": TransformerShape(3072, 14336, 30, spatial_stride=16),
 }
+ANY4D = 519_071_553  # parameters of the geometry model that the Wan recipes are for
 # Parameters of UMT5-XXL's encoder, which all Wan pipelines share: embeddings, and 24 layers of attention (with norm and
 # relative positions) and a gated feed-forward layer.
 TEXT_ENCODER = 256384 * 4096 + 24 * (4 * 4096**2 + 3 * 4096 * 10240 + 2 * 4096 + 32 * 64) + 4096
@@ -133,6 +134,16 @@ def forward_memory(shape: TransformerShape, tokens: int, *, batch: int = 1, valu
     """
     times = 19 * shape.dim if shape.spatial_stride == 16 else 0
     return value_bytes * batch * tokens * (4.5 * shape.dim + 2 * shape.ffn_dim + times) / _GIB
+
+
+def geometry_memory(num_frames: int, height: int, width: int) -> float:
+    """Peak memory in GiB of reading one clip's geometry from latents with Any4D, weights left out.
+
+    In float32, a view a latent frame: 11.7 kB a pixel of one view, which its dense heads take, and 142 B a pixel of
+    every view. Within 5 % of what `benchmarks/full_shape.py --account` counts.
+    """
+    views = (num_frames - 1) // 4 + 1
+    return height * width * (11700 + 142 * views) / _GIB
 
 
 def shape_of(model: VideoModel) -> TransformerShape:
