@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from pretend_device import DeviceTensor, pretended_device
 
 from vggrpo.errors import UserError
 from vggrpo.models.wan import WanVideoModel
@@ -59,6 +60,18 @@ def test_samples_of_one_noise_share_the_steps_before_the_window(model, text, mon
     assert sizes == [2, 2, 3, 3, 3]
     torch.testing.assert_close(shared.latents, run(model, text, **options).latents, rtol=1e-4, atol=1e-5)
     assert not torch.equal(shared.latents[0], shared.latents[2])  # the stochastic steps part them
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_offloaded_states_lie_in_the_cpus_memory(tiny_wan_dir, model, text, offload):
+    there = WanVideoModel.from_pretrained(tiny_wan_dir, load_vae=False, load_text=False)
+    with pretended_device() as device:
+        there.transformer.to(device)
+        kept = run(there, text.to(device), offload=offload, keep_means=True)
+    states = (*kept.samples, *kept.next_samples, *kept.means)
+    assert len(states) == 6 and all(isinstance(state, DeviceTensor) != offload for state in states)
+    assert isinstance(kept.latents, DeviceTensor)  # what goes to the LGM stays where it is
+    torch.testing.assert_close(kept.latents.host, run(model, text).latents, rtol=1e-4, atol=1e-5)
 
 
 def test_without_stochastic_steps_it_is_the_ode(model, text):
