@@ -103,6 +103,13 @@ def load_latest(directory: Path | str) -> Checkpoint | None:
     return None
 
 
+def seed_generators(seed: int) -> None:
+    """Start torch's, NumPy's and Python's global generators."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
 def random_states(device: torch.device) -> dict[str, Tensor]:
     """Of this process's generators: torch's on the CPU and on `device`, NumPy's and Python's global ones (a reward may
     draw from any). Each is one tensor, of a length that all processes share."""

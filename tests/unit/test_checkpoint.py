@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vggrpo import checkpoint
-from vggrpo.checkpoint import load_latest, random_states, save_checkpoint, set_random_states
+from vggrpo.checkpoint import load_latest, random_states, save_checkpoint, seed_generators, set_random_states
 from vggrpo.errors import UserError
 
 CPU = torch.device("cpu")
@@ -86,6 +86,10 @@ def test_random_generators_go_on_where_they_were(tmp_path):
         expected = [draw() for _ in range(3)]
         set_random_states(load_latest(tmp_path).tensors["random"][0], CPU)
         assert [draw() for _ in range(3)] == expected
+    seed_generators(2**40 + 1)
+    seeded = draw()
+    seed_generators(2**40 + 1)
+    assert draw() == seeded
 
 
 def test_a_checkpoint_of_torchs_random_state_alone_leaves_the_others(tmp_path):

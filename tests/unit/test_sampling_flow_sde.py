@@ -54,11 +54,10 @@ def reference(x, v, t, t_next, a, variant, low=0.1, high=0.9):
 
 
 @pytest.mark.parametrize("variant", OPTIONS)
-@given(t=st.floats(0.05, 0.99) | st.just(1.0), share=st.floats(0.05, 0.95), a=st.floats(0.1, 0.99))
+@given(t=st.floats(0.05, 0.99) | st.just(1.0), share=st.floats(0.05, 0.95), a=st.floats(0.1, 1.0))
 @settings(max_examples=30, deadline=None)
 def test_each_variant_equals_its_formula(variant, t, share, a):
-    """In float64, and in float32 within 1e-5 (of what is large, relative). Not up to a = 1, where float32 leaves few
-    digits of cps's sqrt(t_next^2 - std^2): there its mean is off by up to 6e-5."""
+    """In float64, and in float32 within 1e-5 (of what is large, relative)."""
     generator = torch.Generator().manual_seed(0)
     x, v, noise = torch.randn(3, 2, 3, 4, dtype=torch.float64, generator=generator)
     t_next = t * share

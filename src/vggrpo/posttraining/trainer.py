@@ -21,7 +21,14 @@ from typing import Any, NamedTuple
 import torch
 
 from vggrpo import assets
-from vggrpo.checkpoint import Checkpoint, load_latest, random_states, save_checkpoint, set_random_states
+from vggrpo.checkpoint import (
+    Checkpoint,
+    load_latest,
+    random_states,
+    save_checkpoint,
+    seed_generators,
+    set_random_states,
+)
 from vggrpo.config import EMBEDDED, RewardTerm, TrainConfig, dump_config, resume_difference
 from vggrpo.distributed import Processes, stop_signals
 from vggrpo.errors import UserError
@@ -86,7 +93,7 @@ def train(
     with _advice():
         context, fixed = _prepare(config, algorithm, model, lgm, prompts, processes)
         run = _Run(context, algorithm(context), Validation(context, fixed), fingerprint)
-        torch.manual_seed(derive_seed(config.seed, "torch", processes.rank))
+        seed_generators(derive_seed(config.seed, "torch", processes.rank))
         start = run.resume(checkpoint) if checkpoint is not None else 0
         if processes.is_main:
             atomic_write(output / "config.yaml", dump_config(config))

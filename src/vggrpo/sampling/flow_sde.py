@@ -162,9 +162,11 @@ def _gaussian(
 ) -> tuple[Float[Tensor, "B ..."], Float[Tensor, ...]]:
     """Mean and standard deviation of the step; `scale`: the arguments of `diffusion_scale`."""
     if variant == "cps":
-        std = t_next * math.sin(scale["noise_level"] * math.pi / 2)
+        angle = scale["noise_level"] * math.pi / 2
+        std = t_next * math.sin(angle)
         x0, eps = sample - t * velocity, sample + (1 - t) * velocity
-        return (1 - t_next) * x0 + torch.sqrt(t_next**2 - std**2) * eps, std
+        # sqrt(t_next^2 - std^2), of which float32 would leave few digits near noise level 1.
+        return (1 - t_next) * x0 + t_next * abs(math.cos(angle)) * eps, std
     s = diffusion_scale(t, t_next, variant=variant, **scale)
     dt = t_next - t
     return sample + (velocity + s**2 / (2 * t) * (sample + (1 - t) * velocity)) * dt, s * torch.sqrt(-dt)
