@@ -165,8 +165,13 @@ def test_a_non_finite_loss_stops_before_the_optimizer(tiny_wan_dir, tmp_path, mo
 
 
 def test_an_update_that_was_not_finite_is_repeated_alone(tiny_wan_dir, tmp_path, monkeypatch):
-    """The second of its two steps fails, after the first has changed the weights; nothing was saved since the start."""
+    """The second of its two steps fails, after the first has changed the weights; nothing was saved since the start.
+    The geometry draws random numbers, as a reward may."""
     failed = []
+
+    def drawing(latents):
+        return fake_lgm(latents + 0.1 * torch.rand(()))
+
     plain = Policy.step
 
     def step(self, number, *, loss=0.0):
@@ -178,9 +183,9 @@ def test_an_update_that_was_not_finite_is_repeated_alone(tiny_wan_dir, tmp_path,
 
     monkeypatch.setattr(Policy, "step", step)
     with pytest.raises(UserError, match="nonfinite-000001 on the same command"):
-        train(tiny_wan_dir, tmp_path, updates=3, save_every=3)
+        train(tiny_wan_dir, tmp_path, updates=3, save_every=3, lgm=drawing)
     with pytest.raises(UserError, match=r"not finite in update 1.*the same command repeats it"):
-        train(tiny_wan_dir, tmp_path / "nonfinite-000001", updates=3, save_every=3)
+        train(tiny_wan_dir, tmp_path / "nonfinite-000001", updates=3, save_every=3, lgm=drawing)
     first, again = failed
     assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
     assert any(gradient.any() for gradient in first)

@@ -264,7 +264,7 @@ class _Run:
         """State of the random generators of every process."""
         gathered = {
             name: self.processes.gather(state.to(self.model.device)).cpu().chunk(self.processes.size)
-            for name, state in random_states(self.model.device).items()
+            for name, state in mine.items()
         }
         # Clones: a generator does not take a view into a larger tensor.
         return [{name: parts[rank].clone() for name, parts in gathered.items()} for rank in range(self.processes.size)]
