@@ -109,7 +109,7 @@ class Ours:
         old = OldPolicy.of(trajectory, chosen)
         self.replayer.backward(trajectory, self.text, chosen, old, advantages, len(chosen))
 
-    def update(self, number: int, advantages_of: Callable[[Any], Tensor]) -> Trajectory:
+    def update(self, number: int, advantages_of: Callable[[Any], Tensor]) -> None:
         """One whole update; rewards and advantages are not timed."""
         with self.meter.stage("roll-out"):
             trajectory = self.roll_out(number)
@@ -118,7 +118,6 @@ class Ours:
             self.backward(trajectory, advantages)
         with self.meter.stage("optimizer"):
             self.policy.step(0)
-        return trajectory
 
 
 class Theirs:
@@ -173,15 +172,15 @@ class Theirs:
             "prompt_embeds": self.text,
         }
 
-    def update(self, number: int, advantages_of: Callable[[Any], Tensor]) -> dict[str, Tensor]:
+    def update(self, number: int, advantages_of: Callable[[Any], Tensor]) -> None:
         """One whole update; rewards and advantages are not timed."""
         with self.meter.stage("roll-out"):
             sample = self.roll_out(number)
         advantages = advantages_of(sample)
+        before = self.meter.seconds["optimizer"]
         with self.meter.stage("replay"):
             self.replay(sample, advantages)
-        self.meter.seconds["replay"] -= self.meter.seconds["optimizer"]  # which the loop calls itself
-        return sample
+        self.meter.seconds["replay"] -= self.meter.seconds["optimizer"] - before  # the loop itself calls it
 
     def replay(self, sample: dict[str, Tensor], advantages: Tensor, optimize: bool = True) -> None:
         """The loop over time steps; without `optimize` the gradients stay as they are."""

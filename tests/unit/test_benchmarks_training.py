@@ -123,6 +123,24 @@ def main(_):
         peer._training_loop(tmp_path / "absent.py")
 
 
+def test_the_peers_optimizer_is_no_part_of_its_replay():
+    """Over several updates, too: a clock that counts its readings."""
+    peer = load("against_flow_grpo")
+    theirs = peer.Theirs.__new__(peer.Theirs)
+    theirs.meter = peer.Meter()
+    theirs.meter.clock = iter(range(1000)).__next__
+    theirs.roll_out = lambda number: {}
+
+    def replay(sample, advantages):
+        with theirs.meter.stage("optimizer"):
+            pass
+
+    theirs.replay = replay
+    for number in range(3):
+        theirs.update(number, lambda sample: None)
+    assert theirs.meter.take() == {"roll-out": 3, "replay": 6, "optimizer": 3}
+
+
 def test_time_to_a_reward_stops_at_the_goal_and_counts_the_trainers_work_alone():
     script = load("time_to_reward")
 

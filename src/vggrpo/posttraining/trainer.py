@@ -141,8 +141,8 @@ def _is_finished(checkpoint: Checkpoint, config: TrainConfig) -> bool:
 
 
 class _Before(NamedTuple):
-    """The state before an update. `tensors` are the policy's; None for whole weights, of which a copy with their
-    moments is too large: such an update is repeated from the last checkpoint."""
+    """The state before an update. `tensors` are the policy's; None where the last checkpoint has them, and for whole
+    weights, of which a copy with their moments is too large: such an update is repeated from that checkpoint."""
 
     tensors: dict[str, Any] | None
     algorithm: dict[str, Any]
@@ -168,7 +168,7 @@ class _Run:
             if self.validation.due(number):
                 tracker.validate(number, *self.validation.run())
             watch = Stopwatch(self.model.device)
-            before = self._before()
+            before = self._before(number)
             try:
                 with watch.stage("total"):
                     metrics = self.algorithm.update(number, watch)
@@ -195,16 +195,16 @@ class _Run:
         if self.config.validation.every or start >= last:
             self.export(max(start, done))
 
-    def _before(self) -> _Before:
-        """What repeats the update that comes, whatever it changes before it fails."""
-        tensors = None if self.policy.full else self.policy.tensors()
+    def _before(self, number: int) -> _Before:
+        """What repeats update `number`, whatever it changes before it fails."""
+        tensors = None if self.policy.full or number == self.saved else self.policy.tensors()
         return _Before(tensors, copy.deepcopy(self.algorithm.state()), random_states(self.model.device))
 
     def _kept_for_repeating(self, number: int, before: _Before) -> str:
         """After an update that was not finite: keep a run that begins with it, and say so. All processes take part."""
         advice = "lower optim.learning_rate or set model.dtype: float32, and run again to resume"
         said = f"loss or gradient is not finite in update {number}; nothing of it was kept"
-        if number == self.saved or before.tensors is None:
+        if before.tensors is None:
             return f"{said}: {advice}; without a change the same command repeats it"
         tensors = {**before.tensors, "random": self._gather_random_states(before.random)}
         folder = self.output / f"nonfinite-{number:06d}"
