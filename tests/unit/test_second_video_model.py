@@ -9,6 +9,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, LTXPipeline, LTXVideoTran
 from fake_lgm import fake_lgm
 
 from vggrpo.config import load_config
+from vggrpo.errors import UserError
 from vggrpo.models.base import LatentSpec, VideoModel
 from vggrpo.models.sharding import repeated_blocks
 from vggrpo.posttraining import train
@@ -92,6 +93,8 @@ def test_it_is_a_video_model():
     model = LTXVideoModel()
     assert isinstance(model, VideoModel)
     assert [type(block).__name__ for block in repeated_blocks(model.transformer)] == ["LTXVideoTransformerBlock"] * 2
+    with pytest.raises(UserError, match="does not name its blocks"):
+        repeated_blocks(torch.nn.Linear(2, 2))
 
 
 def test_its_own_pipeline_reads_the_lora(trained):

@@ -12,6 +12,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from vggrpo.errors import UserError
+
 
 def shard_transformer(transformer: nn.Module, whole: Iterable[nn.Parameter]) -> None:
     """Split the parameters of `transformer` over all processes, block by block, but for those in `whole`.
@@ -30,9 +32,19 @@ def shard_transformer(transformer: nn.Module, whole: Iterable[nn.Parameter]) -> 
 
 
 def repeated_blocks(transformer: nn.Module) -> list[nn.Module]:
-    """The blocks that a diffusers transformer is a stack of: what is split, and compiled, one by one."""
+    """The blocks that a diffusers transformer is a stack of: what is split, and compiled, one by one.
+
+    Raises:
+        UserError: when its class does not name them, as those of diffusers' video models do.
+    """
     names = set(getattr(transformer, "_repeated_blocks", ()))
-    return [module for module in transformer.modules() if type(module).__name__ in names]
+    blocks = [module for module in transformer.modules() if type(module).__name__ in names]
+    if not blocks:
+        raise UserError(
+            f"{type(transformer).__name__} does not name its blocks (_repeated_blocks); set model.shard: false and "
+            "model.compile: false"
+        )
+    return blocks
 
 
 def is_split(tensor: Tensor) -> bool:
