@@ -42,10 +42,6 @@ def lora_card(
     """
     base = "the embedded pipeline of vggrpo" if config.model.path == EMBEDDED else config.model.path
     full = config.model.tune == "full"
-    kind = "transformer" if full else "lora"
-    front = {"library_name": "diffusers", "tags": [kind, "text-to-video", "vggrpo", config.algorithm]}
-    if config.model.path != EMBEDDED:
-        front["base_model"] = config.model.path
     lgm = assets.path("lgm") if config.lgm.path == EMBEDDED else config.lgm.path
     numbers = "\n".join(
         f"| {name} | {value:.5g} |"
@@ -53,7 +49,7 @@ def lora_card(
         if isinstance(value, int | float) and name.startswith(_SHOWN)
     )
     return f"""---
-{yaml.safe_dump(front, sort_keys=False).strip()}
+{_front_matter(config)}
 ---
 
 # {"Transformer" if full else "LoRA"} for world consistency
@@ -87,6 +83,18 @@ What the reward said while training. Whether the videos became better is for met
 {dump_config(config).strip()}
 ```
 """
+
+
+def _front_matter(config: TrainConfig) -> str:
+    """What model hubs read."""
+    kind = "transformer" if config.model.tune == "full" else "lora"
+    front: dict[str, Any] = {
+        "library_name": "diffusers",
+        "tags": [kind, "text-to-video", "vggrpo", config.algorithm],
+    }
+    if config.model.path != EMBEDDED:
+        front["base_model"] = config.model.path
+    return yaml.safe_dump(front, sort_keys=False).strip()
 
 
 def _validation_table(rows: Sequence[Mapping[str, Any]]) -> str:
