@@ -18,11 +18,12 @@ from vggrpo.lgm.connector import Connector
 from vggrpo.pretraining.data import Shards
 from vggrpo.pretraining.loop import Logs, Schedule, Watch, fit
 
-SCHEDULE = Schedule(steps=8000, lr=2e-3, ema=0.998)
+ENCODER_SCHEDULE = Schedule(steps=6000, lr=2e-3, ema=0.998)
+DECODER_SCHEDULE = Schedule(steps=6000, lr=2e-3, ema=0.998)
 CHANNELS = 32
-PATCH = 8  # pixels a latent cell
+PATCH, FRAMES = 8, 4  # pixels a latent cell, frames a latent
 KL_WEIGHT = 1e-4
-READ_WEIGHT = 1.0
+VIEW_WEIGHT = 1.0  # of the frames that an LGM is asked about, beside all
 # Short clips first: (share of the run, frames, batch). Whole clips at the end, or the causal cache drifts: a VAE that
 # never saw more than 9 frames lost 5 dB between frames 9 and 17.
 STAGES = ((0.35, 5, 4), (0.60, 9, 2), (1.0, 17, 2))
@@ -61,58 +62,103 @@ def psnr(video: Tensor, output: Tensor) -> Tensor:
     return -10 * ((output.clamp(-1, 1) - video) / 2).square().mean(dim=(1, 2, 3, 4)).log10()
 
 
-class Readable(nn.Module):
-    """The VAE with the one convolution that draws views (B, 3, S, H, W) from latents (B, C, S, h, w)."""
+class Reader(nn.Module):
+    """One 5x5x5 convolution that draws all frames (B, 3, 4 T - 3, H, W) from latents (B, C, T, h, w)."""
 
-    def __init__(self, vae: AutoencoderKLWan) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.vae = vae
-        self.reader = Connector(CHANNELS, 3 * PATCH**2, 1)
+        self.connector = Connector(CHANNELS, FRAMES * 3 * PATCH**2, 1)
 
-    def read(self, latents: Tensor) -> Tensor:
-        cells = self.reader(latents).transpose(1, 2)  # (B, S, 3 P P, h, w)
-        return nn.functional.pixel_shuffle(cells, PATCH).transpose(1, 2)
+    def forward(self, latents: Tensor) -> Tensor:
+        cells = self.connector(latents).transpose(1, 2)  # (B, T, FRAMES 3 P P, h, w)
+        groups = nn.functional.pixel_shuffle(cells, PATCH).unflatten(2, (FRAMES, 3))
+        return groups.flatten(1, 2)[:, FRAMES - 1 :].transpose(1, 2)  # the first latent is one frame: its group's last
 
 
 def train_vae(
     data: Shards,
     folder: Path,
-    schedule: Schedule = SCHEDULE,
+    encoder: Schedule = ENCODER_SCHEDULE,
+    decoder: Schedule = DECODER_SCHEDULE,
     bf16: bool = True,
     start: AutoencoderKLWan | None = None,
     watch: Watch | None = None,
 ) -> AutoencoderKLWan:
     """Train from scratch or on from `start`, measure the latents' mean and std, return the finished VAE.
 
-    All on the clips' device.
+    First the encoder with the reader (`folder`/encoder), then the decoder on what has become of the latents
+    (`folder`/decoder). All on the clips' device.
     """
     device = data.device
-    torch.manual_seed(schedule.seed)
+    torch.manual_seed(encoder.seed)
     model = build_vae()
     if start is not None:
         model.load_state_dict(start.float().state_dict())
-
-    def loss(model: Readable, step: int, generator: torch.Generator) -> tuple[Tensor, Logs]:
-        frames, batch = next((f, b) for share, f, b in STAGES if step < share * schedule.steps)
-        index = torch.randint(len(data), (batch * schedule.batch_scale,), generator=generator)
-        start = int(torch.randint(18 - frames, (1,), generator=generator))
-        video = data.video(index)[:, :, start : start + frames] * 2 - 1
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            posterior = model.vae.encode(video).latent_dist
-            noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
-            latents = posterior.mean + posterior.std * noise
-            output, read = model.vae.decode(latents).sample.float(), model.read(latents).float()
-        views, mean, logvar = video[:, :, ::4], posterior.mean.float(), posterior.logvar.float()
-        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        value = picture_loss(video, output) + READ_WEIGHT * picture_loss(views, read) + KL_WEIGHT * kl
-        logs = {"kl": kl, "psnr": psnr(video, output).mean(), "psnr_read": psnr(views, read).mean()}
-        return value, {name: number.detach() for name, number in logs.items()}
-
-    model = fit(Readable(model).to(device), loss, schedule, folder, watch).vae
-    mean, std = latent_statistics(model, data)
-    finished = build_vae(mean, std)
+    model = train_encoder(model.to(device), data, folder / "encoder", encoder, bf16, watch)
+    model = train_decoder(model, data, folder / "decoder", decoder, bf16, watch)
+    finished = build_vae(*latent_statistics(model, data))
     finished.load_state_dict(model.state_dict())
     return finished.to(device).eval()
+
+
+def train_encoder(
+    vae: AutoencoderKLWan, data: Shards, folder: Path, schedule: Schedule, bf16: bool = True, watch: Watch | None = None
+) -> AutoencoderKLWan:
+    """Teach the encoder latents that the reader can draw; the decoder stays as it is."""
+
+    def loss(model: nn.ModuleList, step: int, generator: torch.Generator) -> tuple[Tensor, Logs]:
+        video = _draw(data, schedule, step, generator)
+        with torch.autocast(video.device.type, torch.bfloat16, enabled=bf16):
+            latents, kl = _sample(model[0], video, generator)
+            output = model[1](latents).float()
+        views = slice(None, None, FRAMES)
+        value = picture_loss(video, output) + VIEW_WEIGHT * picture_loss(video[:, :, views], output[:, :, views])
+        logs = {"kl": kl, "psnr": psnr(video, output), "psnr_views": psnr(video[:, :, views], output[:, :, views])}
+        return value + KL_WEIGHT * kl, {name: number.detach().mean() for name, number in logs.items()}
+
+    _thaw(vae, encoder=True)
+    return fit(nn.ModuleList([vae, Reader()]).to(data.device), loss, schedule, folder, watch)[0]
+
+
+def train_decoder(
+    vae: AutoencoderKLWan, data: Shards, folder: Path, schedule: Schedule, bf16: bool = True, watch: Watch | None = None
+) -> AutoencoderKLWan:
+    """Teach the decoder to draw from the encoder's latents, which stay as they are."""
+
+    def loss(model: AutoencoderKLWan, step: int, generator: torch.Generator) -> tuple[Tensor, Logs]:
+        video = _draw(data, schedule, step, generator)
+        with torch.autocast(video.device.type, torch.bfloat16, enabled=bf16):
+            with torch.no_grad():
+                latents, _ = _sample(model, video, generator)
+            output = model.decode(latents).sample.float()
+        return picture_loss(video, output), {"psnr": psnr(video, output).mean().detach()}
+
+    _thaw(vae, encoder=False)
+    return fit(vae, loss, schedule, folder, watch)
+
+
+def _thaw(vae: AutoencoderKLWan, *, encoder: bool) -> None:
+    """Make one half trainable."""
+    for part in (vae.encoder, vae.quant_conv):
+        part.requires_grad_(encoder)
+    for part in (vae.decoder, vae.post_quant_conv):
+        part.requires_grad_(not encoder)
+
+
+def _draw(data: Shards, schedule: Schedule, step: int, generator: torch.Generator) -> Tensor:
+    """A batch of clips in [-1, 1], as long as the stage that `step` is in wants them."""
+    frames, batch = next((f, b) for share, f, b in STAGES if step < share * schedule.steps)
+    index = torch.randint(len(data), (batch * schedule.batch_scale,), generator=generator)
+    start = int(torch.randint(18 - frames, (1,), generator=generator))
+    return data.video(index)[:, :, start : start + frames] * 2 - 1
+
+
+def _sample(vae: AutoencoderKLWan, video: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Latents drawn from the posterior, and its mean divergence from the unit Gaussian."""
+    posterior = vae.encode(video).latent_dist
+    mean, logvar = posterior.mean.float(), posterior.logvar.float()
+    noise = torch.randn(mean.shape, generator=generator).to(mean.device)
+    return mean + posterior.std.float() * noise, 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
 
 
 @torch.no_grad()
