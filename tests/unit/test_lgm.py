@@ -63,12 +63,21 @@ def test_every_stitch_point_resumes_to_the_whole_network(options: dict) -> None:
     with torch.no_grad():
         whole = model(frames)
         points = model.stitch_points()
-        assert points == list(range(model.config.conv_layers + min(model.config.hooks)))
+        assert points == list(range(1 + model.config.conv_layers + min(model.config.hooks)))
         for layer in points:
             tokens = model.tap(frames, layer)
-            assert tokens.shape == (2, 3, 1 + model.config.registers + 12, model.embed_dim(layer))
+            special, width = (1 + model.config.registers, 32) if layer else (0, 192)  # pixels have no special tokens
+            assert tokens.shape == (2, 3, special + 12, width)
+            assert (model.embed_dim(layer), model.special_tokens(layer).shape) == (width, (2, special, width))
             assert_same(model.resume(tokens, layer, (3, 4)), whole, 1e-5)
     assert whole.depth.shape == (2, 3, 24, 32) and (whole.depth > 0).all()
+
+
+def test_the_first_tokens_of_a_conv_stem_are_the_pictures_patches() -> None:
+    frames = torch.rand(1, 2, 3, 24, 32, generator=torch.Generator().manual_seed(0))
+    tokens = tiny_vggt().tap(frames, 0)
+    patch = frames[0, 1, :, 8:16, 24:32] * 2 - 1  # of the second row's last token
+    torch.testing.assert_close(tokens[0, 1, 4 + 3], patch.flatten(), rtol=0, atol=0)
 
 
 def test_cameras_are_anchored_rigid_and_the_last_flow_is_zero() -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from vggrpo.geometry import GeometryPrediction, project
 from vggrpo.lgm.losses import unit_depth
@@ -132,6 +133,19 @@ def test_displacement_is_measured_to_a_fraction_of_a_pixel():
     valid &= ((lands > 0) & (lands < 63)).all(-1)
     error = (flow.permute(0, 2, 3, 1) - motion).norm(dim=-1)[valid]
     assert error.median() < 0.5 and motion[valid].norm(dim=-1).median() > 2
+
+
+def test_displacement_has_the_gradient_of_what_moved():
+    soft = F.interpolate(torch.rand(1, 3, 12, 12, generator=torch.Generator().manual_seed(0)), (64, 64), mode="bicubic")
+    moved = torch.tensor([1.3, -0.6], requires_grad=True)
+    grid = torch.stack(torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="xy"), -1) + 0.5 - moved
+    second = F.grid_sample(soft, (grid / 32 - 1)[None], mode="bicubic", align_corners=False)
+    flow, _ = displacement(soft, second)
+    x, y = flow[0, :, 16:48, 16:48].mean((1, 2))
+    torch.testing.assert_close(torch.stack([x, y]), moved, rtol=0, atol=0.1)
+    for value, wanted in ((x, [1.0, 0.0]), (y, [0.0, 1.0])):
+        (slope,) = torch.autograd.grad(value, moved, retain_graph=True)
+        torch.testing.assert_close(slope, torch.tensor(wanted), rtol=0, atol=0.25)
 
 
 def test_the_stem_says_which_neighbours_there_are():

@@ -18,31 +18,40 @@ DAMPING, FLAT = 0.02, 1e-4  # of the window's own gradients, and of a window wit
 MAX_STEP = 1.5  # cells a round
 
 
-@torch.no_grad()
 def displacement(
     first: Float[Tensor, "N 3 H W"], second: Float[Tensor, "N 3 H W"]
 ) -> tuple[Float[Tensor, "N 2 H W"], Float[Tensor, "N H W"]]:
     """Where each pixel of the first picture lies in the second, minus where it is: (x, y) in pixels; and how much the
-    two then differ there (mean absolute difference). Values in [0, 1]; no gradient. Sides are multiples of 8."""
-    flow = first.new_zeros(len(first), 2, *(side // PYRAMID[0][0] for side in first.shape[-2:]))
-    for cell, rounds in PYRAMID:
-        one, two = (F.avg_pool2d(picture, cell) for picture in (first, second))
-        if flow.shape[-1] != one.shape[-1]:
-            ratio = one.shape[-1] / flow.shape[-1]
-            flow = ratio * F.interpolate(flow, size=one.shape[-2:], mode="bilinear", align_corners=False)
-        slope = _gradient(one)
-        for _ in range(rounds):
-            moved = _warp(two, flow)
-            gx, gy = ((a + b) / 2 for a, b in zip(slope, _gradient(moved), strict=True))
-            miss = one - moved
-            sums = torch.stack([(a * b).sum(1) for a, b in ((gx, gx), (gx, gy), (gy, gy), (gx, miss), (gy, miss))], 1)
-            xx, xy, yy, bx, by = _blur(sums, WINDOW).unbind(1)
-            damping = FLAT + DAMPING * (xx + yy)
-            xx, yy = xx + damping, yy + damping
-            step = torch.stack([yy * bx - xy * by, xx * by - xy * bx], 1) / (xx * yy - xy * xy)[:, None]
-            flow = flow + step.clamp(-MAX_STEP, MAX_STEP)
-        flow = _blur(flow, SMOOTH)
+    two then differ there (mean absolute difference). Values in [0, 1]. Sides are multiples of 8.
+
+    The gradient is that of the last round: where a round no longer changes anything, how its answer changes with the
+    pictures is how the place itself does.
+    """
+    with torch.no_grad():
+        flow = first.new_zeros(len(first), 2, *(side // PYRAMID[0][0] for side in first.shape[-2:]))
+        for cell, rounds in PYRAMID:
+            one, two = (F.avg_pool2d(picture, cell) for picture in (first, second))
+            if flow.shape[-1] != one.shape[-1]:
+                ratio = one.shape[-1] / flow.shape[-1]
+                flow = ratio * F.interpolate(flow, size=one.shape[-2:], mode="bilinear", align_corners=False)
+            for _ in range(rounds if cell > 1 else rounds - 1):
+                flow = flow + _step(one, two, flow)
+            flow = _blur(flow, SMOOTH) if cell > 1 else flow
+    flow = _blur(flow + _step(first, second, flow), SMOOTH)
     return flow, (first - _warp(second, flow)).abs().mean(1)
+
+
+def _step(first: Float[Tensor, "N 3 H W"], second: Float[Tensor, "N 3 H W"], flow: Float[Tensor, "N 2 H W"]) -> Tensor:
+    """One round of least squares: what is to be added to `flow`."""
+    moved = _warp(second, flow)
+    gx, gy = ((a + b) / 2 for a, b in zip(_gradient(first), _gradient(moved), strict=True))
+    miss = first - moved
+    sums = torch.stack([(a * b).sum(1) for a, b in ((gx, gx), (gx, gy), (gy, gy), (gx, miss), (gy, miss))], 1)
+    xx, xy, yy, bx, by = _blur(sums, WINDOW).unbind(1)
+    damping = FLAT + DAMPING * (xx + yy)
+    xx, yy = xx + damping, yy + damping
+    step = torch.stack([yy * bx - xy * by, xx * by - xy * bx], 1) / (xx * yy - xy * xy)[:, None]
+    return step.clamp(-MAX_STEP, MAX_STEP)
 
 
 def _blur(maps: Float[Tensor, "N C H W"], reach: int) -> Float[Tensor, "N C H W"]:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
@@ -87,7 +88,9 @@ class VGGT(nn.Module):
     """See the module's docstring.
 
     Layers: those of the encoder (0: what enters it), then the pairs of attention. The last layer of the encoder stands
-    for what enters the first pair: special tokens of the trunk and, with DINOv2, normalised patches.
+    for what enters the first pair: special tokens of the trunk and, with DINOv2, normalised patches. What enters a
+    stem of strided convolutions is the picture itself, so layer 0 has its patches, pixel by pixel, as tokens: linear in
+    the picture as DINOv2's are.
     """
 
     model_type: ClassVar[str] = "vggt"
@@ -122,8 +125,8 @@ class VGGT(nn.Module):
         return list(range(self.encoder_layers + min(self.config.hooks)))
 
     def embed_dim(self, layer: int) -> int:
-        """Width of the tokens after `layer`: the same everywhere."""
-        return self.config.dim
+        """Width of the tokens after `layer`: the same everywhere, but for pixels."""
+        return 3 * self.config.patch**2 if self._of_pixels(layer) else self.config.dim
 
     def walk(self, frames: Float[Tensor, "B S 3 H W"]) -> Iterator[Float[Tensor, "B S N D"]]:
         """All tokens after layer 0, 1, ...; before attention, the special tokens are parameters of stem or trunk."""
@@ -131,6 +134,8 @@ class VGGT(nn.Module):
         grid = self._grid(frames)
         if isinstance(self.stem, DinoV2):
             tokens = self.stem.embed(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
+        elif self._of_pixels(0):
+            tokens = F.pixel_unshuffle(frames * 2 - 1, self.config.patch).flatten(3).transpose(2, 3)
         else:
             tokens = self._add_special(self.stem(frames).flatten(3).permute(0, 2, 3, 1))
         yield tokens
@@ -151,6 +156,8 @@ class VGGT(nn.Module):
         """Special tokens of the first view and of the others: parameters, which attention changes."""
         if isinstance(self.stem, DinoV2) and layer < self.encoder_layers:
             return self.stem.special_tokens().expand(2, -1, -1)
+        if self._of_pixels(layer):
+            return self.special.new_zeros(2, 0, self.embed_dim(layer))
         return self.special
 
     def lora_targets(self) -> list[str]:
@@ -171,7 +178,13 @@ class VGGT(nn.Module):
     @property
     def encoder_layers(self) -> int:
         """Layers before the first pair."""
-        return len(self.stem.blocks) if isinstance(self.stem, DinoV2) else len(self.convs)
+        if isinstance(self.stem, DinoV2):
+            return len(self.stem.blocks)
+        return isinstance(self.stem, ConvStem) + len(self.convs)
+
+    def _of_pixels(self, layer: int) -> bool:
+        """Whether the tokens after `layer` are the picture's own patches."""
+        return layer == 0 and isinstance(self.stem, ConvStem)
 
     def predict(self, frames: Float[Tensor, "B S 3 H W"]) -> tuple[GeometryPrediction, dict[str, Tensor]]:
         """`forward` with the raw outputs that a loss needs."""
@@ -203,9 +216,12 @@ class VGGT(nn.Module):
             if until == self.encoder_layers:
                 return self._add_special(self.stem.norm(x)[:, self.stem.special :].unflatten(0, (b, s)))
             return x.unflatten(0, (b, s))
-        special = 1 + self.config.registers
+        if self._of_pixels(layer):
+            pictures = F.pixel_shuffle(tokens.transpose(2, 3).unflatten(3, grid), self.config.patch)
+            tokens = self._add_special(self.stem((pictures + 1) / 2).flatten(3).permute(0, 2, 3, 1))
+        special, before = 1 + self.config.registers, self.encoder_layers - len(self.convs)
         x = tokens[:, :, special:].transpose(2, 3).reshape(b, s, -1, *grid).transpose(1, 2)
-        for conv in self.convs[layer:until]:
+        for conv in self.convs[max(0, layer - before) : until - before]:
             x = conv(x)
         return torch.cat([tokens[:, :, :special], x.flatten(3).permute(0, 2, 3, 1)], 2)
 

@@ -161,7 +161,7 @@ def train_lgm(
     else:
         student.load_state_dict_parts(widen_lora(start.tensors, student.parts()))
     judged = None if generated is None else teacher_targets(teacher, generated[1])
-    through_convs = config.layer < teacher.config.conv_layers  # what matching is read from
+    through_convs = config.layer < teacher.encoder_layers  # what matching is read from
 
     def loss(model: nn.ModuleList, step: int, generator: torch.Generator) -> tuple[Tensor, Logs]:
         if generated is not None and judged is not None and torch.rand((), generator=generator) < GENERATED_SHARE:
