@@ -96,21 +96,20 @@ def test_attributes(shard, tmp_path, monkeypatch):
 
 
 def test_vae_and_generator(shard, tmp_path, monkeypatch):
-    monkeypatch.setattr(vae, "latent_statistics", lambda *_: ([0.1] * 16, [0.9] * 16))
+    monkeypatch.setattr(vae, "latent_statistics", lambda *_: ([0.1] * vae.CHANNELS, [0.9] * vae.CHANNELS))
 
     def run(device, folder):
         data = Shards.load([shard], truth=False, device=device)
-        made = vae.train_vae(data, folder / "vae", TWO, bf16=False)
+        made = vae.train_vae(data, folder, TWO, TWO, bf16=False)
         latents = generator.encode_latents(made, shard, folder / "latents")
         generator.train_generator([latents], data.texts, folder, TWO, bf16=False, device=device)
-        first, last = (json.loads((folder / part / "log.jsonl").read_text()) for part in ("vae", "."))
-        return first, last
+        parts = ("encoder", "decoder", ".")
+        rows = {part: json.loads((folder / part / "log.jsonl").read_text()) for part in parts}
+        return {part: {name: v for name, v in row.items() if name != "seconds"} for part, row in rows.items()}
 
-    _, ((first, second), (first_there, second_there)) = both_places(monkeypatch, tmp_path, run)
-    for row in (first, second, first_there, second_there):
-        row.pop("seconds")
-    close(first_there, first)
-    close(second_there, second)
+    _, (here, there) = both_places(monkeypatch, tmp_path, run)
+    for part, row in here.items():
+        close(there[part], row)
 
 
 def test_lgm(shard, tmp_path, monkeypatch):

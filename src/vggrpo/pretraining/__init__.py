@@ -132,7 +132,11 @@ def _pipeline(job: Job) -> dict[str, Any]:
     before = None if job.start is None else WanPipeline.from_pretrained(job.start)
     first_vae = None if before is None else before.vae
     made = vae.train_vae(
-        job.load(job.clips, truth=False), output / "work" / "vae", job.schedule(vae.SCHEDULE), start=first_vae
+        job.load(job.clips, truth=False),
+        output / "work" / "vae",
+        job.schedule(vae.ENCODER_SCHEDULE),
+        job.schedule(vae.DECODER_SCHEDULE),
+        start=first_vae,
     )
     latents = [generator.encode_latents(made, path, output / "latents" / path.parent.name) for path in job.clips]
     texts = Shards.load(job.clips, video=False, truth=False).texts

@@ -22,6 +22,7 @@ from vggrpo.models.wan import WanVideoModel
 from vggrpo.pretraining.data import CPU, Shards
 from vggrpo.pretraining.loop import Logs, Schedule, Watch, fit
 from vggrpo.pretraining.text import TEXT_DIM, build_text_encoder, build_tokenizer
+from vggrpo.pretraining.vae import CHANNELS
 from vggrpo.world.captions import caption
 
 SCHEDULE = Schedule(steps=7000, lr=1e-3, warmup=200, ema=0.9985, weight_decay=0.01)
@@ -37,8 +38,8 @@ def build_transformer() -> WanTransformer3DModel:
         patch_size=(1, 2, 2),
         num_attention_heads=6,
         attention_head_dim=32,
-        in_channels=16,
-        out_channels=16,
+        in_channels=CHANNELS,
+        out_channels=CHANNELS,
         text_dim=TEXT_DIM,
         freq_dim=64,
         ffn_dim=640,
@@ -60,7 +61,7 @@ def build_scheduler() -> UniPCMultistepScheduler:
 def encode_latents(vae: AutoencoderKLWan, shard: Path, folder: Path) -> Path:
     """Normalised latents of a shard's clips and of their mirror images, made on the VAE's device.
 
-    `latents`, `mirrored`: (N, 16, T', H', W') float16.
+    `latents`, `mirrored`: (N, C, T', H', W') float16.
     """
     path = folder / shard.name
     if path.exists():
