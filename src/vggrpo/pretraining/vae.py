@@ -1,10 +1,10 @@
 """Recipe of the embedded video VAE: a small `AutoencoderKLWan`, 8x in space and 4x in time, 32 channels.
 
-Built like Wan2.2's, with parameterless shortcuts around every change of size. The encoder learns with a reader of one
-convolution, the kind of connector that an LGM has, which starts at the principal components of blocks and is thrown
-away afterwards: three times as cheap as the decoder, and its latents keep what a linear map can draw. Then the decoder
-learns to draw more from them. A VAE of 16 channels whose two halves were trained together was no better than as many
-principal components, and a linear map drew frames from its latents in which motion was lost.
+Built like Wan2.2's, with parameterless shortcuts around every change of size. The encoder learns first, by what its
+latents draw as principal components of blocks: three times as cheap as through the decoder, and what an LGM's connector,
+a linear map, is to find in the latents is there. Then the decoder learns to draw more from them. A VAE of 16 channels
+whose two halves were trained together was no better than as many principal components, and a linear map drew frames
+from its latents in which motion was lost.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
-from vggrpo.lgm.connector import Connector
 from vggrpo.pretraining.data import Shards
 from vggrpo.pretraining.loop import Logs, Schedule, Watch, fit
 
@@ -28,7 +27,7 @@ VIEW_WEIGHT = 0.25  # of the frames that an LGM is asked about, beside all
 COMPONENT_CLIPS = 192
 # Short clips first: (share of the run, frames, batch). Whole clips at the end, or the causal cache drifts: a VAE that
 # never saw more than 9 frames lost 5 dB between frames 9 and 17.
-STAGES = ((0.35, 5, 4), (0.60, 9, 2), (1.0, 17, 2))
+STAGES = ((0.20, 5, 4), (0.50, 9, 2), (1.0, 17, 2))
 MSE_WEIGHT = 3.0
 
 
@@ -65,21 +64,19 @@ def psnr(video: Tensor, output: Tensor) -> Tensor:
 
 
 class Reader(nn.Module):
-    """One 5x5x5 convolution that draws all frames (B, 3, 4 T - 3, H, W) from latents (B, C, T, h, w)."""
+    """Draws all frames (B, 3, 4 T - 3, H, W) from latents (B, C, T, h, w): each cell its own block, as that many
+    principal components of blocks. Nothing of it is trained: a reader that learns takes the encoder's scales apart.
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.connector = Connector(CHANNELS, FRAMES * 3 * PATCH**2, 1)
+    Args:
+        video: clips (B, 3, 4 n + 1, H, W) in [-1, 1] whose components those are; latents of unit variance draw them.
+    """
 
-    def forward(self, latents: Tensor) -> Tensor:
-        cells = self.connector(latents).transpose(1, 2)  # (B, T, FRAMES 3 P P, h, w)
-        groups = nn.functional.pixel_shuffle(cells, PATCH).unflatten(2, (FRAMES, 3))
-        return groups.flatten(1, 2)[:, FRAMES - 1 :].transpose(1, 2)  # the first latent is one frame: its group's last
+    basis: Tensor
+    mean: Tensor
 
     @torch.no_grad()
-    def start_at_components(self, video: Tensor) -> None:
-        """Let each cell draw its own block as the first principal components of `video`'s blocks do; (B, 3, T, H, W)
-        in [-1, 1]. Latents of unit variance are what that asks of the encoder."""
+    def __init__(self, video: Tensor) -> None:
+        super().__init__()
         groups = video[:, :, 1:].transpose(1, 2).unflatten(1, (-1, FRAMES)).flatten(2, 3)
         blocks = nn.functional.pixel_unshuffle(groups, PATCH).movedim(2, -1).flatten(0, 3)
         weight = blocks.new_ones(FRAMES)
@@ -89,10 +86,13 @@ class Reader(nn.Module):
         rows = (blocks - mean) * weight
         variance, axes = torch.linalg.eigh(rows.T @ rows / len(rows))  # in ascending order
         basis = axes[:, -CHANNELS:] * variance[-CHANNELS:].clamp_min(0).sqrt() / weight[:, None]
-        conv = self.connector.conv
-        conv.weight.mul_(0.02)
-        conv.weight[:, :, 2, 2, 2] += basis
-        conv.bias.copy_(mean)
+        self.register_buffer("basis", basis)
+        self.register_buffer("mean", mean)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        cells = torch.einsum("oc,bcthw->btohw", self.basis, latents) + self.mean[:, None, None]
+        groups = nn.functional.pixel_shuffle(cells, PATCH).unflatten(2, (FRAMES, 3))
+        return groups.flatten(1, 2)[:, FRAMES - 1 :].transpose(1, 2)  # the first latent is one frame: its group's last
 
 
 def train_vae(
@@ -130,15 +130,14 @@ def train_encoder(
         video = _draw(data, schedule, step, generator)
         with torch.autocast(video.device.type, torch.bfloat16, enabled=bf16):
             latents, kl = _sample(model[0], video, generator)
-            output = model[1](latents).float()
+        output = model[1](latents)
         views = slice(None, None, FRAMES)
         value = picture_loss(video, output) + VIEW_WEIGHT * picture_loss(video[:, :, views], output[:, :, views])
         logs = {"kl": kl, "psnr": psnr(video, output), "psnr_views": psnr(video[:, :, views], output[:, :, views])}
         return value + KL_WEIGHT * kl, {name: number.detach().mean() for name, number in logs.items()}
 
     _thaw(vae, encoder=True)
-    reader = Reader().to(data.device)
-    reader.start_at_components(data.video(torch.arange(min(len(data), COMPONENT_CLIPS))) * 2 - 1)
+    reader = Reader(data.video(torch.arange(min(len(data), COMPONENT_CLIPS))) * 2 - 1)
     return fit(nn.ModuleList([vae, reader]), loss, schedule, folder, watch)[0]
 
 
