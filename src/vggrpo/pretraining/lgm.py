@@ -49,7 +49,7 @@ SAMPLERS = ((10, 1.0), (20, 1.0), (20, 3.0))
 # being sampled does, too.
 NOISE_SHARE, MAX_NOISE = 0.2, 0.5
 AUDIT_CLIPS = 96
-VAE_NAME = "embedded AutoencoderKLWan, 8x8x4, 16 channels"
+VAE_NAME = "embedded AutoencoderKLWan, 8x8x4, 32 channels"
 
 
 class EncodedClips:

@@ -1,10 +1,10 @@
 """Recipe of the embedded video VAE: a small `AutoencoderKLWan`, 8x in space and 4x in time, 32 channels.
 
 Built like Wan2.2's, with parameterless shortcuts around every change of size. The encoder learns first, by what its
-latents draw as principal components of blocks: three times as cheap as through the decoder, and what an LGM's connector,
-a linear map, is to find in the latents is there. Then the decoder learns to draw more from them. A VAE of 16 channels
-whose two halves were trained together was no better than as many principal components, and a linear map drew frames
-from its latents in which motion was lost.
+latents draw as principal components of blocks: three times as cheap as through the decoder, and what an LGM's
+connector, a linear map, is to find in the latents is there. Then the decoder learns to draw more from them. A VAE of 16
+channels whose two halves were trained together was no better than as many principal components, and a linear map drew
+frames from its latents in which motion was lost.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vggrpo.pretraining.data import Shards
 from vggrpo.pretraining.loop import Logs, Schedule, Watch, fit
 
-ENCODER_SCHEDULE = Schedule(steps=6000, lr=2e-3, ema=0.998)
+ENCODER_SCHEDULE = Schedule(steps=4000, lr=2e-3, ema=0.998)
 DECODER_SCHEDULE = Schedule(steps=6000, lr=2e-3, ema=0.998)
 CHANNELS = 32
 PATCH, FRAMES = 8, 4  # pixels a latent cell, frames a latent
