@@ -116,7 +116,7 @@ def train_vae(
         model.load_state_dict(start.float().state_dict())
     model = train_encoder(model.to(device), data, folder / "encoder", encoder, bf16, watch)
     model = train_decoder(model, data, folder / "decoder", decoder, bf16, watch)
-    finished = build_vae(*latent_statistics(model, data))
+    finished = build_vae(*latent_statistics(model, data, _reader(data).basis.norm(dim=0)))
     finished.load_state_dict(model.state_dict())
     return finished.to(device).eval()
 
@@ -137,8 +137,7 @@ def train_encoder(
         return value + KL_WEIGHT * kl, {name: number.detach().mean() for name, number in logs.items()}
 
     _thaw(vae, encoder=True)
-    reader = Reader(data.video(torch.arange(min(len(data), COMPONENT_CLIPS))) * 2 - 1)
-    return fit(nn.ModuleList([vae, reader]), loss, schedule, folder, watch)[0]
+    return fit(nn.ModuleList([vae, _reader(data)]), loss, schedule, folder, watch)[0]
 
 
 def train_decoder(
@@ -156,6 +155,10 @@ def train_decoder(
 
     _thaw(vae, encoder=False)
     return fit(vae, loss, schedule, folder, watch)
+
+
+def _reader(data: Shards) -> Reader:
+    return Reader(data.video(torch.arange(min(len(data), COMPONENT_CLIPS))) * 2 - 1)
 
 
 def _thaw(vae: AutoencoderKLWan, *, encoder: bool) -> None:
@@ -183,14 +186,21 @@ def _sample(vae: AutoencoderKLWan, video: Tensor, generator: torch.Generator) ->
 
 
 @torch.no_grad()
-def latent_statistics(vae: AutoencoderKLWan, data: Shards, clips: int = 512) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each latent channel over the first `clips` clips."""
+def latent_statistics(
+    vae: AutoencoderKLWan, data: Shards, gain: Tensor, clips: int = 512
+) -> tuple[list[float], list[float]]:
+    """What normalises the latents, from the first `clips` clips: each channel's mean, and its standard deviation over
+    its `gain`, so that normalised channels have that spread and unit variance on average.
+
+    With the reader's gain, noise on the latents is noise of one size all over the picture, and a generator finds what
+    is large first. Of equal spread, the channels of detail, half of all, took a generator's whole attention.
+    """
     latents = [
         vae.encode(data.video(torch.arange(i, min(i + 8, clips))) * 2 - 1).latent_dist.mean
         for i in range(0, min(clips, len(data)), 8)
     ]
     flat = torch.cat(latents).transpose(0, 1).flatten(1)
-    return flat.mean(1).tolist(), flat.std(1).tolist()
+    return flat.mean(1).tolist(), (flat.std(1) * gain.square().mean().sqrt() / gain).tolist()
 
 
 @torch.no_grad()
