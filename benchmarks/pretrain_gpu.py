@@ -132,7 +132,7 @@ def lgm_task(shop: Shop) -> tuple[Task, nn.Module]:
     teacher = VGGT.from_pretrained(output / "geometry").requires_grad_(False).to(device).eval()
     video_model = WanVideoModel.from_pretrained(output / "pipeline", device)
     start = lgm.parts_of(output / "lgm")
-    config = lgm.config_for(start.layer, video_model)
+    config = lgm.config_for(start.layer, video_model, teacher)
     cache = output / "work" / "generated.safetensors"
     made = lgm.generated_clips(output / "pipeline", cache, prompts=shop.generated, device=device)
     clips = lgm.EncodedClips(shop.clips, video_model)

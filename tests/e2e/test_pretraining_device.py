@@ -132,7 +132,7 @@ def test_lgm(shard, tmp_path, monkeypatch):
             part.to(device)
         clips = lgm.EncodedClips(Shards.load([shard], device=device), video_model)
         first = lgm.stitch(teacher, clips)[0]
-        config = lgm.config_for(first.layer, video_model)
+        config = lgm.config_for(first.layer, video_model, teacher)
         generated = tuple(part.to(device) for part in made)
         model = lgm.train_lgm(teacher, clips, first, config, folder, schedule, generated, bf16=False)
         return lgm.measure_lgm(lgm.compressed(model, teacher), teacher, clips, count=2)["lgm"]

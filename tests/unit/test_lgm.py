@@ -16,6 +16,7 @@ from vggrpo.geometry import GeometryPrediction
 from vggrpo.lgm import LatentGeometryModel, LGMConfig
 from vggrpo.lgm.connector import Connector, at_view_rate
 from vggrpo.lgm.search import neighbourhoods, search_layers
+from vggrpo.models.vae import weights_hash
 from vggrpo.models.vggt import VGGT, VGGTConfig
 
 CHANNELS = 3
@@ -110,6 +111,15 @@ def test_vggt_survives_its_files_and_refuses_broken_ones(tmp_path: Path) -> None
     (tmp_path / "model.safetensors").unlink()
     refused(VGGT, tmp_path, "missing")
     refused(VGGT, tmp_path / "nowhere", "config.json is missing")
+
+
+def test_an_lgm_refuses_other_weights_of_the_same_network(tmp_path: Path) -> None:
+    geometry = tiny_vggt()
+    _, directory = saved(tmp_path, geometry_sha256=weights_hash(geometry))
+    LatentGeometryModel.from_pretrained(directory)
+    nn.init.normal_(geometry.camera_head[-1].weight)
+    geometry.save_pretrained(tmp_path / "vggt")
+    refused(LatentGeometryModel, directory, "made on other weights than those of ../vggt now")
 
 
 @pytest.mark.parametrize("options", [{}, {"layer": 0}, {"lora_rank": 0}])
@@ -253,6 +263,26 @@ def test_the_search_recovers_a_linear_relation_padding_included(stride: int) -> 
             with torch.no_grad():
                 tokens = geometry.tap(frames, 0)[:, :, geometry.special.shape[1] :].flatten(0, 2)
             torch.testing.assert_close(ran, tokens, rtol=0.01, atol=0.01)
+
+
+def test_the_search_does_not_shrink_what_varies_little() -> None:
+    """Channels of unequal spread, as normalised latents may have: the fit is as good as on equal ones."""
+    geometry = tiny_vggt(patch_embed="patch", patch=8)
+    decoder, spread = nn.Conv3d(CHANNELS, 3 * 64, 1), torch.tensor([1.0, 0.1, 0.01]).view(1, -1, 1, 1, 1)
+    generator = torch.Generator().manual_seed(5)
+
+    @torch.no_grad()
+    def pair(scale: Tensor) -> tuple[Tensor, Tensor]:
+        z = torch.randn(4, CHANNELS, 3, 6, 6, generator=generator)
+        frames = functional.pixel_shuffle(decoder(z).transpose(1, 2).flatten(0, 1), 8)
+        return z * scale, frames.unflatten(0, (4, 3))
+
+    scores = []
+    for scale in (torch.ones_like(spread), spread):
+        generator.manual_seed(5)
+        pairs = [pair(scale) for _ in range(7)]
+        scores += [fit.r2 for fit in search_layers(geometry, pairs[:6], pairs[6:], 1, layers=[0])]
+    assert scores[0] > 0.99 and scores[1] == pytest.approx(scores[0], abs=1e-3)
 
 
 def test_a_fitted_lgm_predicts_what_its_geometry_model_does() -> None:

@@ -215,6 +215,7 @@ def test_config_fields_that_do_not_fit_together_are_named() -> None:
         ({"patch_embed": "dinov2", "conv_layers": 2}, "conv_layers is 2"),
         ({"decoder": "dpt", "hooks": (1, 2)}, "reads four layers"),
         ({"points": "head"}, "light decoder"),
+        ({"patch": 16}, "tokens of 8 pixels"),
     ):
         with pytest.raises(ValidationError, match=words):
             VGGTConfig(**values)

@@ -19,6 +19,7 @@ from vggrpo.pretraining.data import Shards, augment, render_shard
 from vggrpo.pretraining.geometry import reward_loss
 from vggrpo.pretraining.loop import Schedule, fit
 from vggrpo.pretraining.matching import image_motion
+from vggrpo.pretraining.vae import CHANNELS, FRAMES, PATCH, Reader
 from vggrpo.world import sample_batch
 
 
@@ -199,3 +200,24 @@ def test_what_the_rewards_will_ask_reaches_the_network() -> None:
         (gradient,) = torch.autograd.grad(value, cameras)
         assert logs[name] > 0 and gradient.isfinite().all()
         assert (gradient[:, 1, 0, 3] > 0).all()  # back to where it was
+
+
+def test_the_reader_draws_what_has_few_components_frame_by_frame():
+    """Clips of as many independent patterns as there are channels: their coordinates draw them again, in their place.
+
+    Every block has its own, so a frame, row or colour that changed places would show.
+    """
+    generator = torch.Generator().manual_seed(0)
+    patterns = torch.randn(CHANNELS, FRAMES, 3, PATCH, PATCH, generator=generator)
+    weights = torch.randn(6, 2, 3, 2, CHANNELS, generator=generator)  # clips, groups of frames, rows and columns
+    blocks = torch.einsum("ntvuc,cfkyx->nktfvyux", weights, patterns) / CHANNELS
+    clips = blocks.flatten(2, 3).flatten(5, 6).flatten(3, 4)  # (6, 3, 8, 24, 16)
+    video = torch.cat([torch.zeros(6, 3, 1, 24, 16), clips], 2)
+    reader = Reader(video)
+    coordinates = torch.linalg.lstsq(reader.basis, torch.eye(len(reader.basis))).solution  # (C, FRAMES 3 P P)
+    rows = torch.einsum("nktfvyux->ntvufkyx", blocks).flatten(4) - reader.mean
+    latents = (rows @ coordinates.T).permute(0, 4, 1, 2, 3)
+    drawn = reader(torch.cat([torch.zeros_like(latents[:, :, :1]), latents], 2))
+    assert drawn.shape == video.shape
+    torch.testing.assert_close(drawn[:, :, 1:], clips, rtol=0, atol=1e-3)
+    torch.testing.assert_close(latents.square().mean((0, 2, 3, 4)), torch.ones(CHANNELS), rtol=0.05, atol=0)

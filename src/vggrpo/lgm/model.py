@@ -34,6 +34,7 @@ from vggrpo.models.pretrained import (
     require_names,
     write_pretrained,
 )
+from vggrpo.models.vae import weights_hash
 
 
 class LGMConfig(BaseModel):
@@ -57,6 +58,9 @@ class LGMConfig(BaseModel):
     spatial_stride: int | None = Field(None, ge=1, description="pixels a latent cell; null: not recorded")
     latents_mean: list[float] | None = Field(None, description="per channel, what the latents were normalised with")
     latents_std: list[float] | None = None
+    geometry_sha256: str | None = Field(
+        None, description="`weights_hash` of the geometry model it was made on; null: not recorded"
+    )
 
 
 class LatentGeometryModel(nn.Module):
@@ -179,7 +183,9 @@ class LatentGeometryModel(nn.Module):
             values.pop("model_type", None)
             config = LGMConfig(**values)
             state = read_weights(directory)
-            model = cls(config, load_geometry_model(geometry_source(directory, config.geometry)))
+            geometry = load_geometry_model(geometry_source(directory, config.geometry))
+            _check_weights(config, geometry)
+            model = cls(config, geometry)
             model.add_lora()
             model.load_state_dict_parts(state)
         model.merge_lora()
@@ -209,6 +215,15 @@ class LatentGeometryModel(nn.Module):
             )
         if not latents.is_meta and not torch.isfinite(latents).all():
             raise UserError("latents hold NaN or infinity; check the sampler or the file that they come from")
+
+
+def _check_weights(config: LGMConfig, geometry: GeometryModel) -> None:
+    """Refuse other weights of the same network: they load without a word, and connector and LoRA mean nothing there."""
+    if config.geometry_sha256 not in (None, weights_hash(geometry)):  # type: ignore[arg-type]
+        raise UserError(
+            f"this LGM was made on other weights than those of {config.geometry} now; put those back, or make the LGM "
+            "again with `vggrpo train-lgm`"
+        )
 
 
 def geometry_source(directory: Path, name: str) -> str | Path:

@@ -71,7 +71,7 @@ def search_layers(
 
     Args:
         train, heldout: pairs of latents at view rate and the RGB views of the same clips.
-        ridge: relative to the mean square of the latents.
+        ridge: relative to each column's mean square, so that channels of little spread are not shrunk for it.
     """
     layers = geometry.stitch_points() if layers is None else layers
     gram = cross = torch.zeros((), dtype=torch.float64)
@@ -83,8 +83,8 @@ def search_layers(
         gram, cross = gram + (rows.T @ rows).double(), cross + (rows.T @ tokens).double()
         specials = [sum_ + mean.double() * len(frames) for sum_, mean in zip(specials, special, strict=True)]
         count += len(frames)
-    size = len(gram)
-    penalty = (ridge * gram.diagonal()[:-1].mean()).repeat(size)
+    squares = gram.diagonal()
+    penalty = ridge * squares.clamp_min(1e-6 * squares[:-1].mean())
     penalty[-1] = 0.0  # the bias is free
     solution = torch.linalg.solve(gram + torch.diag(penalty), cross).float()
     score = _held_out_r2(geometry, heldout, layers, stride, solution)

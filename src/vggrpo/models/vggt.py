@@ -75,6 +75,8 @@ class VGGTConfig(BaseModel):
     def _fits_together(self) -> VGGTConfig:
         if self.patch_embed == "dinov2" and self.conv_layers:
             raise ValueError(f"conv_layers is {self.conv_layers}; DINOv2 needs none, set it to 0")
+        if self.patch_embed == "conv" and self.patch != ConvStem.patch:
+            raise ValueError(f"patch is {self.patch}; the conv stem makes tokens of {ConvStem.patch} pixels")
         if self.decoder == "dpt" and (len(self.hooks) != 4 or self.hooks[-1] != self.pairs):
             raise ValueError(
                 f"hooks are {self.hooks}; a DPT reads four layers, the last one after all {self.pairs} pairs"

@@ -209,7 +209,7 @@ def _lgm(job: Job) -> dict[str, Any]:
     video_model = WanVideoModel.from_pretrained(output / "pipeline", device)
     data = lgm.EncodedClips(job.load(job.clips), video_model)
     first = lgm.stitch(teacher, data)[0] if job.start is None else lgm.parts_of(job.start)
-    config = lgm.config_for(first.layer, video_model)
+    config = lgm.config_for(first.layer, video_model, teacher)
     generated = lgm.generated_clips(output / "pipeline", output / "work" / "generated.safetensors", device=device)
     model = lgm.train_lgm(
         teacher,

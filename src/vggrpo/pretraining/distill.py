@@ -199,6 +199,7 @@ def _lgm_config(config: TrainLGMConfig, parts: _Parts, material: Material) -> LG
         spatial_stride=spec.spatial_stride,
         latents_mean=list(spec.mean) or None,
         latents_std=list(spec.std) or None,
+        geometry_sha256=weights_hash(parts.teacher),  # type: ignore[arg-type]
     )
 
 

@@ -20,6 +20,7 @@ from vggrpo.lgm.model import LatentGeometryModel, LGMConfig
 from vggrpo.lgm.search import StitchFit, search_layers
 from vggrpo.lgm.training import mean_errors
 from vggrpo.models.pretrained import read_config, read_weights, reading
+from vggrpo.models.vae import weights_hash
 from vggrpo.models.vggt import VGGT
 from vggrpo.models.wan import WanVideoModel
 from vggrpo.pretraining.compress import compress_lora, widen_lora
@@ -116,8 +117,9 @@ def parts_of(directory: Path) -> LGMParts:
         return LGMParts(read_config(directory)["layer"], read_weights(directory))
 
 
-def config_for(layer: int, video_model: WanVideoModel) -> LGMConfig:
-    """The manifest of an LGM stitched at `layer` that reads the latents of `video_model`, geometry model beside it."""
+def config_for(layer: int, video_model: WanVideoModel, teacher: VGGT) -> LGMConfig:
+    """The manifest of an LGM that reads the latents of `video_model`, stitched at `layer` of `teacher`, which will be
+    beside it."""
     spec = video_model.latent_spec
     return LGMConfig(
         geometry="../geometry",
@@ -129,6 +131,7 @@ def config_for(layer: int, video_model: WanVideoModel) -> LGMConfig:
         spatial_stride=spec.spatial_stride,
         latents_mean=list(spec.mean),
         latents_std=list(spec.std),
+        geometry_sha256=weights_hash(teacher),
     )
 
 
