@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from vggrpo.errors import UserError
 from vggrpo.geometry import GeometryPrediction, project
 from vggrpo.lgm.losses import unit_depth
 from vggrpo.models.lucas_kanade import displacement
@@ -17,7 +18,7 @@ from vggrpo.pretraining import data as shard_data
 from vggrpo.pretraining.compress import compress_lora, widen_lora
 from vggrpo.pretraining.data import Shards, augment, render_shard
 from vggrpo.pretraining.geometry import reward_loss
-from vggrpo.pretraining.loop import Schedule, fit
+from vggrpo.pretraining.loop import Schedule, fit, go_on_from
 from vggrpo.pretraining.matching import image_motion
 from vggrpo.pretraining.vae import CHANNELS, FRAMES, PATCH, Reader
 from vggrpo.world import sample_batch
@@ -221,3 +222,9 @@ def test_the_reader_draws_what_has_few_components_frame_by_frame():
     assert drawn.shape == video.shape
     torch.testing.assert_close(drawn[:, :, 1:], clips, rtol=0, atol=1e-3)
     torch.testing.assert_close(latents.square().mean((0, 2, 3, 4)), torch.ones(CHANNELS), rtol=0.05, atol=0)
+
+
+def test_a_start_of_another_architecture_is_refused_in_one_line():
+    with pytest.raises(UserError, match=r"the VAE to start from is of another architecture.*size mismatch") as refusal:
+        go_on_from(nn.Linear(2, 3), nn.Linear(2, 4), "VAE")
+    assert "\n" not in str(refusal.value)

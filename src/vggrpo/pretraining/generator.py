@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from vggrpo.models.base import LatentSpec
 from vggrpo.models.wan import WanVideoModel
 from vggrpo.pretraining.data import CPU, Shards
-from vggrpo.pretraining.loop import Logs, Schedule, Watch, fit
+from vggrpo.pretraining.loop import Logs, Schedule, Watch, fit, go_on_from
 from vggrpo.pretraining.text import TEXT_DIM, build_text_encoder, build_tokenizer
 from vggrpo.pretraining.vae import CHANNELS
 from vggrpo.world.captions import caption
@@ -131,8 +131,8 @@ def train_generator(
     torch.manual_seed(schedule.seed)
     generator_model = Generator()
     if start is not None:
-        generator_model.transformer.load_state_dict(start.transformer.float().state_dict())
-        generator_model.text_encoder.load_state_dict(start.text_encoder.float().state_dict())
+        go_on_from(generator_model.transformer, start.transformer, "transformer")
+        go_on_from(generator_model.text_encoder, start.text_encoder, "text encoder")
 
     def loss(model: Generator, step: int, generator: torch.Generator) -> tuple[Tensor, Logs]:
         index = torch.randint(data.shape[1], (batch,), generator=generator)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from vggrpo.errors import UserError
 from vggrpo.lgm.training import warmup_cosine
 
 # What is logged stays on the device until it is written: reading it each step would let a GPU run dry.
@@ -44,6 +45,22 @@ class Schedule:
     def lr_at(self, step: int) -> float:
         """Linear warm-up, then cosine to 2 % of the peak."""
         return warmup_cosine(step, peak=self.lr, total=self.steps, warmup=self.warmup)
+
+
+def go_on_from(model: nn.Module, start: nn.Module, name: str) -> None:
+    """Give `model` the weights of `start`.
+
+    Raises:
+        UserError: they are of another architecture.
+    """
+    try:
+        model.load_state_dict(start.float().state_dict())
+    except RuntimeError as error:
+        told = str(error).splitlines()[1].strip()[:120]
+        raise UserError(
+            f"the {name} to start from is of another architecture than this recipe's ({told}); start from one that the "
+            "recipe made, or from nothing"
+        ) from error
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:

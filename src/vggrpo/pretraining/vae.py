@@ -16,7 +16,7 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
 from vggrpo.pretraining.data import Shards
-from vggrpo.pretraining.loop import Logs, Schedule, Watch, fit
+from vggrpo.pretraining.loop import Logs, Schedule, Watch, fit, go_on_from
 
 ENCODER_SCHEDULE = Schedule(steps=4000, lr=2e-3, ema=0.998)
 DECODER_SCHEDULE = Schedule(steps=6000, lr=2e-3, ema=0.998)
@@ -113,7 +113,7 @@ def train_vae(
     torch.manual_seed(encoder.seed)
     model = build_vae()
     if start is not None:
-        model.load_state_dict(start.float().state_dict())
+        go_on_from(model, start, "VAE")
     model = train_encoder(model.to(device), data, folder / "encoder", encoder, bf16, watch)
     model = train_decoder(model, data, folder / "decoder", decoder, bf16, watch)
     finished = build_vae(*latent_statistics(model, data, _reader(data).basis.norm(dim=0)))
