@@ -65,6 +65,24 @@ def test_what_cannot_be_judged_is_left_alone_and_counted():
     assert guidance.take_skipped() == 2 and guidance.take_skipped() == 0
 
 
+def test_guidance_that_guides_no_step_is_refused(tmp_path):
+    """Else plain videos would be written under the name of guided ones."""
+    guidance = RewardGuidance(linear(torch.ones(1)), scale=100.0)
+    with pytest.raises(UserError, match=r"guides none of 20; .*19 or less, such as 8") as caught:
+        generate_videos(PROMPTS, tmp_path / "out", steering=Steering(guidance.reward, "test", guidance), num_steps=20)
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+    for steps in (2, 3, 20):  # what it names works
+        named = RewardGuidance(guidance.reward, 1.0, every=max(1, steps * 2 // 5))
+        named.check_steps(steps)
+        RewardGuidance(guidance.reward, 1.0, every=steps - 1).check_steps(steps)
+    guidance.check_steps(21)
+    with pytest.raises(UserError, match="2 steps or more"):
+        RewardGuidance(guidance.reward, 1.0, every=1).check_steps(1)
+    RewardGuidance(guidance.reward, 0.0).check_steps(20)
+    with pytest.raises(UserError, match="guides none"):  # from Python, too, before the model is asked anything
+        solve(None, PROMPTS, shape=SHAPE, seeds=[1, 2], num_steps=20, guidance=guidance)
+
+
 @pytest.mark.parametrize("wrong", [{"scale": -1.0}, {"scale": float("nan")}, {"scale": 1.0, "every": 0},
                                    {"scale": 1.0, "max_t": 1.0}])  # fmt: skip
 def test_bad_settings(wrong):
