@@ -9,11 +9,12 @@ import torch
 from fake_lgm import fake_lgm
 
 from vggrpo.cli import main
+from vggrpo.config import load_config
 from vggrpo.errors import UserError
 from vggrpo.models.lora import attach_lora, export_lora
 from vggrpo.models.wan import WanVideoModel
 from vggrpo.rewards import camera_motion_smoothness, geometry_reprojection_consistency
-from vggrpo.rewards.latent import WeightedLatentReward
+from vggrpo.rewards.latent import LatentGeometryReward, WeightedLatentReward
 from vggrpo.sampling import RewardGuidance, generate_videos
 from vggrpo.sampling.best_of import candidate_seed
 from vggrpo.sampling.generate import solve
@@ -143,6 +144,30 @@ def test_the_weighted_reward_is_the_weighted_mean_and_differentiable():
             WeightedLatentReward(fake_lgm, wrong)
 
 
+def test_rewards_take_the_options_that_training_gives_them():
+    latents = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(0))
+    options = {"camera_motion_smoothness": {"eps_translation": 0.5, "eps_rotation": 0.5},
+               "geometry_reprojection_consistency": {"movers": "none", "worst_views": 1}}  # fmt: skip
+    prediction, (motion, geometry) = fake_lgm(latents), options.values()
+    expected = (
+        camera_motion_smoothness(prediction, **motion).value,
+        geometry_reprojection_consistency(prediction, **geometry).value,
+    )
+    plain, given = LatentGeometryReward(fake_lgm)(latents), LatentGeometryReward(fake_lgm, options=options)(latents)
+    for name, value in zip(("motion", "geometry"), expected, strict=True):
+        torch.testing.assert_close(given[name], value)
+        assert not torch.allclose(given[name], plain[name], rtol=1e-6, atol=0)
+    torch.testing.assert_close(WeightedLatentReward(fake_lgm, BOTH, options)(latents, ["a"] * 3),
+                               (expected[0] + 3 * expected[1]) / 4)  # fmt: skip
+    for build in (lambda o: LatentGeometryReward(fake_lgm, options=o),
+                  lambda o: LatentGeometryReward.from_pretrained("nowhere", options=o),
+                  lambda o: WeightedLatentReward(fake_lgm, BOTH, o)):  # fmt: skip
+        with pytest.raises(UserError, match="the nearest that it has is 'eps_"):
+            build({"camera_motion_smoothness": {"eps": 1.0}})
+        with pytest.raises(UserError, match="options for 'camera_adherence'"):
+            build({"camera_adherence": {}})
+
+
 def test_the_best_candidate_is_kept_and_the_first_is_the_plain_video():
     def sample(seeds):
         return torch.tensor([float(seed % 1000) for seed in seeds]).view(-1, 1, 1, 1, 1)
@@ -199,6 +224,14 @@ def test_the_command_builds_the_steering(tiny_wan_dir, tmp_path, monkeypatch, ca
     assert main([*arguments, *steer]) == 0
     settings = json.loads((tmp_path / "out" / "base-guided-best2" / "settings.json").read_text())
     assert settings["guidance"]["every"] == 1 and "0.5 camera_motion_smoothness" in settings["guidance"]["reward"]
+    assert "options" not in settings["guidance"]
+    assert main([*arguments, *steer, "--recipe", "tiny"]) == 2  # another reward, so no video may be added to these
+    assert "options" in capsys.readouterr().err
+    assert main([*arguments, *steer, "--recipe", "tiny", "--arm", "tiny"]) == 0
+    settings = json.loads((tmp_path / "out" / "tiny" / "settings.json").read_text())
+    used = {"camera_motion_smoothness": load_config("tiny").rewards["camera_motion_smoothness"].options}
+    assert settings["guidance"]["options"] == used == settings["best_of"]["options"]
+    assert main([*arguments, "--recipe", "tiny"]) == 2 and "--recipe says what to steer by" in capsys.readouterr().err
     for wrong, said in ((["--reward", "smoothness"], "nearest"), (["--reward", "a=b"], "NAME=WEIGHT")):
         assert main([*arguments, "--guidance", "1", *wrong]) == 2
         assert said in capsys.readouterr().err
