@@ -22,6 +22,8 @@ from tiny_wan import save_tiny_wan
 
 from vggrpo.config import load_config
 from vggrpo.errors import UserError
+from vggrpo.io.manifest import ManifestRow, write_manifest
+from vggrpo.io.video import write_video
 from vggrpo.models.wan import WanVideoModel
 from vggrpo.posttraining import pairs as pairs_module
 from vggrpo.posttraining import train
@@ -214,6 +216,31 @@ def test_nothing_valid_changes_nothing(tiny_wan_dir, tmp_path, algorithm):
     run(algorithm, tiny_wan_dir, tmp_path, "updates=1", "direct.kl=0", "grpo.base_travel_samples=1", lgm=nothing)
     assert not any(value.any() for key, value in adapter(tmp_path).items() if "lora_B" in key)
     assert rows(tmp_path)[0]["samples/invalid"] in (4, 6)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_reward_that_does_not_apply_to_the_prompts_does_not_switch_learning_off(tiny_wan_dir, tmp_path, algorithm):
+    """No prompt names a camera move: adherence is invalid for every clip, and smoothness must teach all the same."""
+    run(algorithm, tiny_wan_dir, tmp_path, "updates=1", "rewards={camera_motion_smoothness: 1, camera_adherence: 1}")
+    (row,) = rows(tmp_path)
+    assert row["loss"] == row["loss"] and row["grad_norm"] > 0
+    assert any(value.any() for key, value in adapter(tmp_path).items() if "lora_B" in key)
+    if algorithm == "direct":
+        assert row["samples/invalid"] == 0 and 0 < row["reward/camera_motion_smoothness"] <= 1
+
+
+def test_videos_whose_prompts_name_no_camera_move_are_kept_beside_those_that_do(tiny_wan_dir, tmp_path):
+    prompts = ["a red box", "pan left", "zoom in"]
+    for number in range(3):
+        video = torch.rand(3, 13, 32, 32, generator=torch.Generator().manual_seed(number))
+        write_video(tmp_path / f"{number}.mp4", video, 8)
+    write_manifest(tmp_path / "manifest.jsonl",
+                   [ManifestRow(f"{n}.mp4", prompt, 0, 8.0, "real") for n, prompt in enumerate(prompts)])  # fmt: skip
+    config = config_for("sft", tiny_wan_dir, tmp_path / "out", [
+        f"sft.videos={tmp_path}", "sft.keep=1", "updates=1",
+        "rewards={camera_motion_smoothness: 1, camera_adherence: 1}"])  # fmt: skip
+    train(config, lgm=fake_lgm, progress=False)
+    assert rows(tmp_path / "out")[0]["clips"] == 3
 
 
 def test_rgb_rewards_read_the_decoded_frames(tiny_wan_dir, tmp_path, monkeypatch):

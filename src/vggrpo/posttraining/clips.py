@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
@@ -22,10 +22,10 @@ from vggrpo.errors import UserError
 from vggrpo.io.atomic import atomic_path, atomic_write_json, ensure_directory
 from vggrpo.io.manifest import ManifestRow, read_manifest
 from vggrpo.io.video import read_video
-from vggrpo.posttraining.advantage import group_advantages
+from vggrpo.posttraining.advantage import asked_rewards, group_advantages, judged_samples
 from vggrpo.posttraining.algorithm import Context
 from vggrpo.posttraining.batches import measure_base_travel, sample_clips
-from vggrpo.posttraining.scoring import score_latents
+from vggrpo.posttraining.scoring import reward_weights, score_latents
 from vggrpo.sampling.seeds import derive_seed
 
 
@@ -114,7 +114,10 @@ def best_clips_of_base(context: Context) -> Clips:
 
 
 def clips_of_videos(context: Context, source: str) -> Clips:
-    """The best `sft.keep` of the videos of a manifest or folder, encoded, by the configured rewards."""
+    """The best `sft.keep` of the videos of a manifest or folder, encoded, by the configured rewards.
+
+    A reward that no video of a prompt has does not apply to the prompt: it is as good as the mean of all videos there.
+    """
     folder, config = clip_folder(context), context.config
     rows, root = manifest_rows(source)
     for number in range(context.processes.rank, len(rows), context.processes.size):
@@ -135,11 +138,14 @@ def clips_of_videos(context: Context, source: str) -> Clips:
     done = [row for row in read_prompt_files(folder) if row["files"]]
     if not done:
         return _not_empty([])
-    values = torch.tensor([[row["rewards"][name][0] for row in done] for name in config.rewards])
-    merit = _merit(context, values, torch.zeros(len(done), dtype=torch.long), torch.ones_like(values, dtype=torch.bool))
-    best = sorted(
-        merit.argsort(descending=True, stable=True)[: max(1, math.ceil(config.sft.keep * len(done)))].tolist()
-    )
+    values = torch.tensor([[_number(row["rewards"][name][0]) for row in done] for name in config.rewards])
+    numbers = {prompt: place for place, prompt in enumerate(dict.fromkeys(row["prompt"] for row in done))}
+    by_prompt = torch.tensor([numbers[row["prompt"]] for row in done])
+    asked = asked_rewards(values.isfinite(), by_prompt, reward_weights(config.rewards))
+    judged = judged_samples(values.isfinite(), asked)
+    merit = _merit(context, values, asked)
+    order = [k for k in merit.argsort(descending=True, stable=True).tolist() if judged[k]]
+    best = sorted(order[: max(1, math.ceil(config.sft.keep * len(order)))])
     return _not_empty([(folder / done[k]["files"][0], done[k]["prompt"]) for k in best])
 
 
@@ -147,8 +153,8 @@ def clips_of_videos(context: Context, source: str) -> Clips:
 def clip_merit(
     context: Context, latents: Float[Tensor, "K C T H W"], prompts: Sequence[str]
 ) -> tuple[Float[Tensor, " K"], Tensor, dict[str, list[float | None]]]:
-    """How good each clip is among these (normalised rewards, averaged), whether all rewards are valid, and the raw
-    rewards by name."""
+    """How good each clip is among these (normalised rewards, averaged), whether it could be judged by all rewards that
+    have a say among them, and the raw rewards by name."""
     assert context.lgm is not None
     travel: dict[str, float] = {}
     measure_base_travel(context, prompts, travel)
@@ -157,10 +163,12 @@ def clip_merit(
         context.lgm, latents, config.rewards, prompts=prompts, base_travel=travel, micro_batch=config.lgm.micro_batch
     )
     values, valid = scores.values.cpu(), scores.valid.cpu()
-    merit = _merit(context, values, torch.zeros(len(latents), dtype=torch.long), valid)
+    values = torch.where(valid, values, torch.nan)
+    asked = asked_rewards(valid, _one_group(values), reward_weights(config.rewards))
+    merit = _merit(context, values, asked)
     raw = {name: [v if ok else None for v, ok in zip(row, good, strict=True)]
            for name, row, good in zip(config.rewards, values.tolist(), valid.tolist(), strict=True)}  # fmt: skip
-    return merit, valid.all(dim=0), raw
+    return merit, judged_samples(valid, asked), raw
 
 
 def manifest_rows(source: str) -> tuple[list[ManifestRow], Path]:
@@ -190,9 +198,18 @@ def fitted_video(path: Path, num_frames: int, size: tuple[int, int]) -> Float[Te
     return video.clamp(0, 1).transpose(0, 1)
 
 
-def _merit(context: Context, values: Tensor, group: Tensor, valid: Tensor) -> Float[Tensor, " N"]:
-    weights = torch.tensor([term.weight for term in context.config.rewards.values()])
-    return group_advantages(values, group, weights=weights, mode=context.config.grpo.mode, valid=valid)
+def _merit(context: Context, values: Float[Tensor, "R N"], asked: Bool[Tensor, "R N"]) -> Float[Tensor, " N"]:
+    """Normalised rewards, averaged, of clips that are compared with each other; NaN is invalid."""
+    weights, mode = reward_weights(context.config.rewards), context.config.grpo.mode
+    return group_advantages(values, _one_group(values), weights=weights, mode=mode, asked=asked)
+
+
+def _one_group(values: Float[Tensor, "R N"]) -> Int[Tensor, " N"]:
+    return torch.zeros(values.shape[1], dtype=torch.long)
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def _not_empty(found: list[tuple[Path, str]]) -> Clips:
