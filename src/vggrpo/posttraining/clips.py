@@ -1,9 +1,12 @@
 """Clips that are made once, before the first update, and kept as latents in `OUTPUT/clips`: filtered ones for SFT,
 candidates for preference pairs. An interrupted preparation goes on with the prompts that are missing.
+
+`settings.json` beside them says what they follow from; with other settings they are refused, never trained on.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -17,7 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 
+from vggrpo.config import TrainConfig
 from vggrpo.config_algorithms import least_micro_batch
+from vggrpo.config_loading import flatten_config
 from vggrpo.errors import UserError
 from vggrpo.io.atomic import atomic_path, atomic_write_json, ensure_directory
 from vggrpo.io.manifest import ManifestRow, read_manifest
@@ -50,6 +55,67 @@ def clip_folder(context: Context) -> Path:
     return ensure_directory(Path(context.config.output) / "clips")
 
 
+def clip_settings(config: TrainConfig, prompts: Sequence[str]) -> dict[str, Any]:
+    """What the stored clips follow from, by the config's dotted names, and fingerprints of the lists that they name.
+
+    What only decides which of the stored clips are trained on, how, or in which pieces, is not among them.
+    """
+    names = ["algorithm", "seed", "model.path", "model.dtype", "data.num_frames", "data.height", "data.width",
+             "data.first_frames", "sampling.num_steps", "sampling.shift", "sampling.guidance_scale"]  # fmt: skip
+    lists = {"prompts": list(prompts)}
+    if config.algorithm == "sft" and config.sft.videos is not None:
+        names += ["sft.videos"]
+        lists["rows of sft.videos"] = [f"{row.path}\t{row.prompt}" for row in manifest_rows(config.sft.videos)[0]]
+    elif config.algorithm == "sft":
+        names += ["sft.candidates", "sft.keep"]
+    else:
+        names += [f"dpo.{name}" for name in ("pairs", "candidates", "pairs_per_prompt", "min_gap", "min_motion")]
+        names += {"epipolar": ["dpo.fps"], "geometry": ["reward.geometry", "reward.view_stride"]}.get(
+            config.dpo.pairs, []
+        )
+    if config.algorithm == "sft" or config.dpo.pairs == "latent":  # the configured rewards choose
+        names += ["rewards", "reward", "lgm.path", "grpo.mode", "grpo.base_travel_samples"]
+    flat = flatten_config(config.model_dump(mode="json"))
+    chosen = {key: value for key, value in flat.items() if any(key == n or key.startswith(f"{n}.") for n in names)}
+    return chosen | {name: hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16] for name, lines in lists.items()}
+
+
+def claim_folder(context: Context) -> Path:
+    """The folder of the clips, with the settings that its clips have, or will have. All processes take part.
+
+    Raises:
+        UserError: when it holds clips of other settings, or of settings that are not known.
+    """
+    folder, settings = clip_folder(context), clip_settings(context.config, context.prompts)
+    file = folder / "settings.json"
+    if any(folder.glob("prompt-*.json")):
+        _refuse_others(file, settings)
+    elif context.processes.is_main:  # no prompt is done, as after a call that failed: any settings will do
+        atomic_write_json(file, settings)
+    context.processes.barrier()  # no process makes a clip before all have looked
+    return folder
+
+
+def _refuse_others(file: Path, settings: dict[str, Any]) -> None:
+    remedy = f"delete {file.parent}, and they are made anew, or set another output=DIR"
+    try:
+        before = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{file.parent} holds clips, and no {file.name} says what they were made with; {remedy}"
+        ) from None
+    except ValueError as error:
+        raise UserError(
+            f"{file} is damaged, so nothing says what the clips beside it were made with; {remedy}"
+        ) from error
+    for name in sorted(before.keys() | settings.keys()):
+        if before.get(name) != settings.get(name):
+            raise UserError(
+                f"{file.parent} holds clips of other settings ({name}: was {before.get(name)!r}, is "
+                f"{settings.get(name)!r}); undo the change, or {remedy}"
+            )
+
+
 def save_latents(path: Path, **tensors: Float[Tensor, "C T H W"]) -> None:
     """Write latents, whole or not at all."""
     with atomic_path(path) as temporary:
@@ -60,8 +126,11 @@ def base_candidates(context: Context, count: int) -> Iterator[tuple[int, str, Fl
     """`count` clips of the base model for every prompt that has no `prompt-N.json` yet, this process's share of them.
 
     The caller writes that file when it is done with the prompt.
+
+    Raises:
+        UserError: when there are clips of other settings already; see `claim_folder`.
     """
-    folder, distinct = clip_folder(context), list(dict.fromkeys(context.prompts))
+    folder, distinct = claim_folder(context), list(dict.fromkeys(context.prompts))
     mine = [(i, prompt) for i, prompt in enumerate(distinct) if i % context.processes.size == context.processes.rank]
     todo = [(i, prompt) for i, prompt in mine if not prompt_file(folder, i).is_file()]
     together = max(1, least_micro_batch(context.config.sampling.micro_batch) // count)  # prompts
@@ -118,7 +187,7 @@ def clips_of_videos(context: Context, source: str) -> Clips:
 
     A reward that no video of a prompt has does not apply to the prompt: it is as good as the mean of all videos there.
     """
-    folder, config = clip_folder(context), context.config
+    folder, config = claim_folder(context), context.config
     rows, root = manifest_rows(source)
     for number in range(context.processes.rank, len(rows), context.processes.size):
         _go_on(context)
