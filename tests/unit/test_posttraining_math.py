@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vggrpo.posttraining import clipped_policy_loss, gaussian_kl, group_advantages
+from vggrpo.posttraining.advantage import asked_rewards, judged_samples
 
 PEERS = np.load(Path(__file__).parents[1] / "golden" / "peers.npz")
 GROUP = torch.arange(12) // 4
@@ -57,6 +58,30 @@ def test_invalid_samples_do_not_move_the_others():
     torch.testing.assert_close(2 * worst[2], clean.min() + second[2])
     assert group_advantages(rewards, group, invalid="drop")[2] == 0
     assert group_advantages(torch.full((1, 4), torch.nan), group).eq(0).all()
+
+
+def test_a_reward_that_does_not_apply_or_weighs_nothing_leaves_the_others_their_say():
+    nan = torch.nan
+    rewards = torch.tensor([[0.1, 0.4, 0.8, 0.2, 0.3, 0.9], [nan, nan, nan, 0.5, 0.2, nan]], dtype=torch.float64)
+    group, valid = torch.arange(6) // 3, rewards.isfinite()
+    alone = group_advantages(rewards[:1], group)
+    for mode, share in (("decoupled", 0.5), ("sum", 1.0)):  # of all weights, as a mean; of the rewards that are there
+        found = group_advantages(rewards, group, mode=mode, invalid="drop")
+        torch.testing.assert_close(found[:3], share * alone[:3])
+        assert found[3:5].ne(0).all() and found[5] == 0  # where others of the group have it, it makes invalid
+        watched = group_advantages(rewards, group, mode=mode, invalid="drop", weights=torch.tensor([1.0, 0.0]))
+        torch.testing.assert_close(watched, alone)
+    pair = group_advantages(rewards[1:, 3:5], group[3:5])
+    second = torch.cat([torch.zeros(3), pair, pair.min()[None]])
+    torch.testing.assert_close(group_advantages(rewards, group), (alone + second) / 2)  # "worst" is what it was
+    asked = asked_rewards(valid, group, torch.tensor([1.0, 1.0]))
+    assert asked.tolist() == [[True] * 6, [False] * 3 + [True] * 3]
+    assert judged_samples(valid, asked).tolist() == [True] * 5 + [False]
+    assert not judged_samples(valid[1:, :3], asked[1:, :3]).any()  # nothing was asked: nothing is known
+    # Samples of several prompts in one group: where a reward does not apply it is neutral, not the worst.
+    together = torch.zeros(6, dtype=torch.long)
+    neutral = group_advantages(rewards[1:], together, asked=asked[1:])
+    assert neutral[:3].eq(0).all() and neutral[5] == neutral.min() < 0
 
 
 def test_groups_may_be_interleaved_and_named_freely():

@@ -22,9 +22,12 @@ from tiny_wan import save_tiny_wan
 
 from vggrpo.config import load_config
 from vggrpo.errors import UserError
+from vggrpo.io.manifest import ManifestRow, write_manifest
+from vggrpo.io.video import write_video
 from vggrpo.models.wan import WanVideoModel
 from vggrpo.posttraining import pairs as pairs_module
 from vggrpo.posttraining import train
+from vggrpo.posttraining.clips import clip_settings
 from vggrpo.posttraining.pairs import choose_pairs
 from vggrpo.posttraining.rgb_reader import RGBGeometry
 from vggrpo.rewards import camera_motion_smoothness
@@ -108,6 +111,64 @@ def test_a_signal_while_clips_are_made_stops_after_a_prompt_and_loses_nothing(ti
     assert made.stat().st_mtime_ns == when and len(list((tmp_path / "clips").glob("prompt-*.json"))) == 3
     losses, uninterrupted = ([row["loss"] for row in rows(path)] for path in (tmp_path, done / algorithm))
     assert losses == pytest.approx(uninterrupted, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "override", "said"),
+    [
+        ("sft", "sft.candidates=2", r"sft\.candidates: was 3, is 2"),
+        ("sft", "rewards.camera_motion_hinge.weight=0.25", r"rewards\.camera_motion_hinge\.weight: was 0\.5, is 0\.25"),
+        ("dpo", "dpo.pairs=epipolar", r"dpo\.\w+: was .*, is "),
+        ("dpo", None, r"prompts: was '\w+', is '\w+'"),
+    ],
+)
+def test_clips_of_other_settings_are_refused(tiny_wan_dir, tmp_path, algorithm, override, said):
+    """A preparation that was interrupted leaves clips and no checkpoint that would tell."""
+
+    def terminated(latents):
+        signal.raise_signal(signal.SIGTERM)
+        return fake_lgm(latents)
+
+    a_prompt_at_a_time = "sampling.micro_batch=3"
+    with pytest.raises(KeyboardInterrupt):
+        run(algorithm, tiny_wan_dir, tmp_path, a_prompt_at_a_time, lgm=terminated)
+    config = config_for(algorithm, tiny_wan_dir, tmp_path, [] if override is None else [override])
+    prompts = PROMPTS if override is not None else [*PROMPTS, "one more"]
+    with pytest.raises(UserError, match=said) as caught:
+        train(config, lgm=fake_lgm, prompts=prompts, progress=False)
+    assert "output=DIR" in str(caught.value) and "\n" not in str(caught.value)
+    settings = tmp_path / "clips" / "settings.json"
+    for spoil, reason in ((lambda: settings.write_text("{"), "damaged"), (settings.unlink, "no settings.json")):
+        spoil()
+        with pytest.raises(UserError, match=f"{reason}.* delete .*clips"):
+            run(algorithm, tiny_wan_dir, tmp_path)
+    for file in (tmp_path / "clips").glob("prompt-*.json"):
+        file.unlink()
+    train(config_for(algorithm, tiny_wan_dir, tmp_path, ["updates=1"]), lgm=fake_lgm, prompts=prompts, progress=False)
+    assert json.loads(settings.read_text())["algorithm"] == algorithm  # where no prompt is done, any settings will do
+
+
+def test_what_clips_follow_from(tiny_wan_dir, tmp_path):
+    def settings(algorithm, *overrides):
+        return clip_settings(config_for(algorithm, tiny_wan_dir, tmp_path, overrides), PROMPTS)
+
+    for algorithm in ("sft", "dpo"):
+        plain = settings(algorithm)
+        for same in (
+            "updates=9",
+            "sampling.micro_batch=1",
+            "optim.learning_rate=1",
+            "grpo.kl=1",
+            f"{algorithm}.batch=7",
+        ):
+            assert settings(algorithm, same) == plain
+        for other in ("seed=1", "sampling.num_steps=4", "data.height=16", f"{algorithm}.candidates=2",
+                      "rewards.camera_motion_smoothness.options.eps_rotation=0.1"):  # fmt: skip
+            assert settings(algorithm, other) != plain
+    # The matches of frames do not ask the rewards.
+    by_frames = settings("dpo", "dpo.pairs=epipolar")
+    assert settings("dpo", "dpo.pairs=epipolar", "rewards={camera_motion_smoothness: 1}") == by_frames
+    assert settings("dpo", "dpo.pairs=epipolar", "dpo.fps=4") != by_frames
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -214,6 +275,31 @@ def test_nothing_valid_changes_nothing(tiny_wan_dir, tmp_path, algorithm):
     run(algorithm, tiny_wan_dir, tmp_path, "updates=1", "direct.kl=0", "grpo.base_travel_samples=1", lgm=nothing)
     assert not any(value.any() for key, value in adapter(tmp_path).items() if "lora_B" in key)
     assert rows(tmp_path)[0]["samples/invalid"] in (4, 6)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_reward_that_does_not_apply_to_the_prompts_does_not_switch_learning_off(tiny_wan_dir, tmp_path, algorithm):
+    """No prompt names a camera move: adherence is invalid for every clip, and smoothness must teach all the same."""
+    run(algorithm, tiny_wan_dir, tmp_path, "updates=1", "rewards={camera_motion_smoothness: 1, camera_adherence: 1}")
+    (row,) = rows(tmp_path)
+    assert row["loss"] == row["loss"] and row["grad_norm"] > 0
+    assert any(value.any() for key, value in adapter(tmp_path).items() if "lora_B" in key)
+    if algorithm == "direct":
+        assert row["samples/invalid"] == 0 and 0 < row["reward/camera_motion_smoothness"] <= 1
+
+
+def test_videos_whose_prompts_name_no_camera_move_are_kept_beside_those_that_do(tiny_wan_dir, tmp_path):
+    prompts = ["a red box", "pan left", "zoom in"]
+    for number in range(3):
+        video = torch.rand(3, 13, 32, 32, generator=torch.Generator().manual_seed(number))
+        write_video(tmp_path / f"{number}.mp4", video, 8)
+    write_manifest(tmp_path / "manifest.jsonl",
+                   [ManifestRow(f"{n}.mp4", prompt, 0, 8.0, "real") for n, prompt in enumerate(prompts)])  # fmt: skip
+    config = config_for("sft", tiny_wan_dir, tmp_path / "out", [
+        f"sft.videos={tmp_path}", "sft.keep=1", "updates=1",
+        "rewards={camera_motion_smoothness: 1, camera_adherence: 1}"])  # fmt: skip
+    train(config, lgm=fake_lgm, progress=False)
+    assert rows(tmp_path / "out")[0]["clips"] == 3
 
 
 def test_rgb_rewards_read_the_decoded_frames(tiny_wan_dir, tmp_path, monkeypatch):

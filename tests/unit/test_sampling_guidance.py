@@ -9,11 +9,12 @@ import torch
 from fake_lgm import fake_lgm
 
 from vggrpo.cli import main
+from vggrpo.config import load_config
 from vggrpo.errors import UserError
 from vggrpo.models.lora import attach_lora, export_lora
 from vggrpo.models.wan import WanVideoModel
 from vggrpo.rewards import camera_motion_smoothness, geometry_reprojection_consistency
-from vggrpo.rewards.latent import WeightedLatentReward
+from vggrpo.rewards.latent import LatentGeometryReward, WeightedLatentReward
 from vggrpo.sampling import RewardGuidance, generate_videos
 from vggrpo.sampling.best_of import candidate_seed
 from vggrpo.sampling.generate import solve
@@ -63,6 +64,24 @@ def test_what_cannot_be_judged_is_left_alone_and_counted():
     found = guidance.velocity(torch.zeros_like, z, t, ["broken", "fine", "steep"])
     torch.testing.assert_close(found, torch.tensor([0.0, -1, 0]).view(-1, 1, 1, 1, 1).expand_as(z))
     assert guidance.take_skipped() == 2 and guidance.take_skipped() == 0
+
+
+def test_guidance_that_guides_no_step_is_refused(tmp_path):
+    """Else plain videos would be written under the name of guided ones."""
+    guidance = RewardGuidance(linear(torch.ones(1)), scale=100.0)
+    with pytest.raises(UserError, match=r"guides none of 20; .*19 or less, such as 8") as caught:
+        generate_videos(PROMPTS, tmp_path / "out", steering=Steering(guidance.reward, "test", guidance), num_steps=20)
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+    for steps in (2, 3, 20):  # what it names works
+        named = RewardGuidance(guidance.reward, 1.0, every=max(1, steps * 2 // 5))
+        named.check_steps(steps)
+        RewardGuidance(guidance.reward, 1.0, every=steps - 1).check_steps(steps)
+    guidance.check_steps(21)
+    with pytest.raises(UserError, match="2 steps or more"):
+        RewardGuidance(guidance.reward, 1.0, every=1).check_steps(1)
+    RewardGuidance(guidance.reward, 0.0).check_steps(20)
+    with pytest.raises(UserError, match="guides none"):  # from Python, too, before the model is asked anything
+        solve(None, PROMPTS, shape=SHAPE, seeds=[1, 2], num_steps=20, guidance=guidance)
 
 
 @pytest.mark.parametrize("wrong", [{"scale": -1.0}, {"scale": float("nan")}, {"scale": 1.0, "every": 0},
@@ -125,6 +144,30 @@ def test_the_weighted_reward_is_the_weighted_mean_and_differentiable():
             WeightedLatentReward(fake_lgm, wrong)
 
 
+def test_rewards_take_the_options_that_training_gives_them():
+    latents = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(0))
+    options = {"camera_motion_smoothness": {"eps_translation": 0.5, "eps_rotation": 0.5},
+               "geometry_reprojection_consistency": {"movers": "none", "worst_views": 1}}  # fmt: skip
+    prediction, (motion, geometry) = fake_lgm(latents), options.values()
+    expected = (
+        camera_motion_smoothness(prediction, **motion).value,
+        geometry_reprojection_consistency(prediction, **geometry).value,
+    )
+    plain, given = LatentGeometryReward(fake_lgm)(latents), LatentGeometryReward(fake_lgm, options=options)(latents)
+    for name, value in zip(("motion", "geometry"), expected, strict=True):
+        torch.testing.assert_close(given[name], value)
+        assert not torch.allclose(given[name], plain[name], rtol=1e-6, atol=0)
+    torch.testing.assert_close(WeightedLatentReward(fake_lgm, BOTH, options)(latents, ["a"] * 3),
+                               (expected[0] + 3 * expected[1]) / 4)  # fmt: skip
+    for build in (lambda o: LatentGeometryReward(fake_lgm, options=o),
+                  lambda o: LatentGeometryReward.from_pretrained("nowhere", options=o),
+                  lambda o: WeightedLatentReward(fake_lgm, BOTH, o)):  # fmt: skip
+        with pytest.raises(UserError, match="the nearest that it has is 'eps_"):
+            build({"camera_motion_smoothness": {"eps": 1.0}})
+        with pytest.raises(UserError, match="options for 'camera_adherence'"):
+            build({"camera_adherence": {}})
+
+
 def test_the_best_candidate_is_kept_and_the_first_is_the_plain_video():
     def sample(seeds):
         return torch.tensor([float(seed % 1000) for seed in seeds]).view(-1, 1, 1, 1, 1)
@@ -181,6 +224,14 @@ def test_the_command_builds_the_steering(tiny_wan_dir, tmp_path, monkeypatch, ca
     assert main([*arguments, *steer]) == 0
     settings = json.loads((tmp_path / "out" / "base-guided-best2" / "settings.json").read_text())
     assert settings["guidance"]["every"] == 1 and "0.5 camera_motion_smoothness" in settings["guidance"]["reward"]
+    assert "options" not in settings["guidance"]
+    assert main([*arguments, *steer, "--recipe", "tiny"]) == 2  # another reward, so no video may be added to these
+    assert "options" in capsys.readouterr().err
+    assert main([*arguments, *steer, "--recipe", "tiny", "--arm", "tiny"]) == 0
+    settings = json.loads((tmp_path / "out" / "tiny" / "settings.json").read_text())
+    used = {"camera_motion_smoothness": load_config("tiny").rewards["camera_motion_smoothness"].options}
+    assert settings["guidance"]["options"] == used == settings["best_of"]["options"]
+    assert main([*arguments, "--recipe", "tiny"]) == 2 and "--recipe says what to steer by" in capsys.readouterr().err
     for wrong, said in ((["--reward", "smoothness"], "nearest"), (["--reward", "a=b"], "NAME=WEIGHT")):
         assert main([*arguments, "--guidance", "1", *wrong]) == 2
         assert said in capsys.readouterr().err

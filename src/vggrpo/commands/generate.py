@@ -73,6 +73,8 @@ def _add_steering(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--best-of", type=at_least(1), default=1, metavar="N", help="keep the best of N candidates")
     group.add_argument("--reward", action="append", metavar="NAME[=WEIGHT]", help="may be repeated (default: "
                        "camera_motion_smoothness and geometry_reprojection_consistency)")  # fmt: skip
+    group.add_argument("--recipe", metavar="NAME", help="training recipe whose reward options are used (default: none, "
+                       "the rewards' own)")  # fmt: skip
     group.add_argument("--lgm", default="embedded", help="directory of the latent geometry model")
 
 
@@ -110,23 +112,29 @@ def run(arguments: argparse.Namespace) -> None:
     from vggrpo.sampling.generate import generate_videos
 
     steering = None
-    if arguments.reward and not arguments.guidance and arguments.best_of == 1:
-        raise UserError("--reward says what to steer by; give --guidance SCALE or --best-of N as well, or leave it out")
+    for option in ("reward", "recipe"):
+        if getattr(arguments, option) and not arguments.guidance and arguments.best_of == 1:
+            raise UserError(
+                f"--{option} says what to steer by; give --guidance SCALE or --best-of N as well, or leave it out"
+            )
     if arguments.guidance != 0 or arguments.best_of > 1:
+        from vggrpo.config import load_config
         from vggrpo.models.loading import latent_spec, pick_device
         from vggrpo.posttraining.trainer import load_lgm
         from vggrpo.rewards.latent import WeightedLatentReward
+        from vggrpo.rewards.registry import recipe_options
         from vggrpo.sampling.guidance import RewardGuidance
         from vggrpo.sampling.steering import Steering
 
         weights = _weights(arguments.reward)
+        options = {} if arguments.recipe is None else recipe_options(load_config(arguments.recipe).rewards, weights)
         lgm = load_lgm(arguments.lgm, pick_device(arguments.device), latent_spec(arguments.pipeline))
-        reward = WeightedLatentReward(lgm, weights)
+        reward = WeightedLatentReward(lgm, weights, options)
         guidance = RewardGuidance(
             reward, arguments.guidance, every=arguments.guidance_every, detach_velocity=arguments.guidance_detach
         )
         name = f"{arguments.lgm}: " + " + ".join(f"{weight:g} {name}" for name, weight in weights.items())
-        steering = Steering(reward, name, guidance, arguments.best_of)
+        steering = Steering(reward, name, guidance, arguments.best_of, options)
     manifest = generate_videos(
         prompts,
         arguments.output,

@@ -28,6 +28,7 @@ def group_advantages(
     clip: float | None = None,
     valid: Bool[Tensor, "R N"] | None = None,
     invalid: Literal["worst", "drop"] = "worst",
+    asked: Bool[Tensor, "R N"] | None = None,
 ) -> Float[Tensor, " N"]:
     """Advantage of each sample within its group.
 
@@ -44,6 +45,7 @@ def group_advantages(
             infinity are invalid anyway.
         invalid: "worst" gives such a sample the group's lowest valid advantage in that reward; "drop" gives it 0 as a
             whole.
+        asked: where a reward has a say; elsewhere it neither counts nor makes a sample invalid. None: `asked_rewards`.
 
     Returns:
         (N,) advantages; exactly 0 where a group has no spread.
@@ -55,19 +57,41 @@ def group_advantages(
         raise ValueError(f"expected {len(values)} weights >= 0 with a positive sum, got {weight.tolist()}")
     weight = weight / weight.sum()
     values = torch.where(ok, values, 0.0)
+    asked = asked_rewards(ok, group, weight) if asked is None else asked
+    judged = judged_samples(ok, asked)
     if mode == "sum":
-        everywhere = ok.all(dim=0)
-        values, ok, weight = (weight[:, None] * values).sum(dim=0, keepdim=True), everywhere[None], weight.new_ones(1)
+        share = weight[:, None] * asked
+        mean = (share * values).sum(dim=0) / torch.where(asked.any(dim=0), share.sum(dim=0), 1.0)
+        values, ok, asked, weight = mean[None], judged[None], judged.new_ones(1, len(judged)), weight.new_ones(1)
     index = torch.unique(group, return_inverse=True)[1]
     normalised = torch.stack([_normalise(v, o, index, std, std_scope, eps) for v, o in zip(values, ok, strict=True)])
     if invalid == "worst":
-        normalised = torch.stack([_fill_with_worst(a, o, index) for a, o in zip(normalised, ok, strict=True)])
+        filled = [_fill_with_worst(a, o, index) for a, o in zip(normalised, ok, strict=True)]
+        normalised = torch.where(asked, torch.stack(filled), normalised)
         advantages = (weight[:, None] * normalised).sum(dim=0)
     else:
-        advantages = torch.where(ok.all(dim=0), (weight[:, None] * normalised).sum(dim=0), 0.0)
+        advantages = torch.where(judged, (weight[:, None] * normalised).sum(dim=0), 0.0)
     if clip is not None:
         advantages = advantages.clamp(-clip, clip)
     return advantages.to(rewards.dtype)
+
+
+def asked_rewards(
+    valid: Bool[Tensor, "R N"], group: Int[Tensor, " N"], weights: Float[Tensor, " R"]
+) -> Bool[Tensor, "R N"]:
+    """Where a reward has a say: its weight is positive, and it could be computed for some sample of the group.
+
+    One that could not does not apply there (a camera's adherence to a prompt that names no move): it tells the group's
+    samples apart no more than a reward of weight 0, and must not take the others' say from them.
+    """
+    index = torch.unique(group, return_inverse=True)[1]
+    per_group = torch.stack([_group_sum(row.double(), index, int(index.max()) + 1) for row in valid])
+    return (per_group > 0)[:, index] & (weights > 0).to(valid.device)[:, None]
+
+
+def judged_samples(valid: Bool[Tensor, "R N"], asked: Bool[Tensor, "R N"]) -> Bool[Tensor, " N"]:
+    """Samples for which every reward that has a say (`asked_rewards`; at least one) could be computed."""
+    return (valid | ~asked).all(dim=0) & asked.any(dim=0)
 
 
 def _normalise(values: Tensor, ok: Tensor, index: Tensor, std: str, scope: str, eps: float) -> Float[Tensor, " N"]:

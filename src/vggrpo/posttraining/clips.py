@@ -1,9 +1,12 @@
 """Clips that are made once, before the first update, and kept as latents in `OUTPUT/clips`: filtered ones for SFT,
 candidates for preference pairs. An interrupted preparation goes on with the prompts that are missing.
+
+`settings.json` beside them says what they follow from; with other settings they are refused, never trained on.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -12,20 +15,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 
+from vggrpo.config import TrainConfig
 from vggrpo.config_algorithms import least_micro_batch
+from vggrpo.config_loading import flatten_config
 from vggrpo.errors import UserError
 from vggrpo.io.atomic import atomic_path, atomic_write_json, ensure_directory
 from vggrpo.io.manifest import ManifestRow, read_manifest
 from vggrpo.io.video import read_video
-from vggrpo.posttraining.advantage import group_advantages
+from vggrpo.posttraining.advantage import asked_rewards, group_advantages, judged_samples
 from vggrpo.posttraining.algorithm import Context
 from vggrpo.posttraining.batches import measure_base_travel, sample_clips
-from vggrpo.posttraining.scoring import score_latents
+from vggrpo.posttraining.scoring import reward_weights, score_latents
 from vggrpo.sampling.seeds import derive_seed
 
 
@@ -50,6 +55,67 @@ def clip_folder(context: Context) -> Path:
     return ensure_directory(Path(context.config.output) / "clips")
 
 
+def clip_settings(config: TrainConfig, prompts: Sequence[str]) -> dict[str, Any]:
+    """What the stored clips follow from, by the config's dotted names, and fingerprints of the lists that they name.
+
+    What only decides which of the stored clips are trained on, how, or in which pieces, is not among them.
+    """
+    names = ["algorithm", "seed", "model.path", "model.dtype", "data.num_frames", "data.height", "data.width",
+             "data.first_frames", "sampling.num_steps", "sampling.shift", "sampling.guidance_scale"]  # fmt: skip
+    lists = {"prompts": list(prompts)}
+    if config.algorithm == "sft" and config.sft.videos is not None:
+        names += ["sft.videos"]
+        lists["rows of sft.videos"] = [f"{row.path}\t{row.prompt}" for row in manifest_rows(config.sft.videos)[0]]
+    elif config.algorithm == "sft":
+        names += ["sft.candidates", "sft.keep"]
+    else:
+        names += [f"dpo.{name}" for name in ("pairs", "candidates", "pairs_per_prompt", "min_gap", "min_motion")]
+        names += {"epipolar": ["dpo.fps"], "geometry": ["reward.geometry", "reward.view_stride"]}.get(
+            config.dpo.pairs, []
+        )
+    if config.algorithm == "sft" or config.dpo.pairs == "latent":  # the configured rewards choose
+        names += ["rewards", "reward", "lgm.path", "grpo.mode", "grpo.base_travel_samples"]
+    flat = flatten_config(config.model_dump(mode="json"))
+    chosen = {key: value for key, value in flat.items() if any(key == n or key.startswith(f"{n}.") for n in names)}
+    return chosen | {name: hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16] for name, lines in lists.items()}
+
+
+def claim_folder(context: Context) -> Path:
+    """The folder of the clips, with the settings that its clips have, or will have. All processes take part.
+
+    Raises:
+        UserError: when it holds clips of other settings, or of settings that are not known.
+    """
+    folder, settings = clip_folder(context), clip_settings(context.config, context.prompts)
+    file = folder / "settings.json"
+    if any(folder.glob("prompt-*.json")):
+        _refuse_others(file, settings)
+    elif context.processes.is_main:  # no prompt is done, as after a call that failed: any settings will do
+        atomic_write_json(file, settings)
+    context.processes.barrier()  # no process makes a clip before all have looked
+    return folder
+
+
+def _refuse_others(file: Path, settings: dict[str, Any]) -> None:
+    remedy = f"delete {file.parent}, and they are made anew, or set another output=DIR"
+    try:
+        before = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{file.parent} holds clips, and no {file.name} says what they were made with; {remedy}"
+        ) from None
+    except ValueError as error:
+        raise UserError(
+            f"{file} is damaged, so nothing says what the clips beside it were made with; {remedy}"
+        ) from error
+    for name in sorted(before.keys() | settings.keys()):
+        if before.get(name) != settings.get(name):
+            raise UserError(
+                f"{file.parent} holds clips of other settings ({name}: was {before.get(name)!r}, is "
+                f"{settings.get(name)!r}); undo the change, or {remedy}"
+            )
+
+
 def save_latents(path: Path, **tensors: Float[Tensor, "C T H W"]) -> None:
     """Write latents, whole or not at all."""
     with atomic_path(path) as temporary:
@@ -60,8 +126,11 @@ def base_candidates(context: Context, count: int) -> Iterator[tuple[int, str, Fl
     """`count` clips of the base model for every prompt that has no `prompt-N.json` yet, this process's share of them.
 
     The caller writes that file when it is done with the prompt.
+
+    Raises:
+        UserError: when there are clips of other settings already; see `claim_folder`.
     """
-    folder, distinct = clip_folder(context), list(dict.fromkeys(context.prompts))
+    folder, distinct = claim_folder(context), list(dict.fromkeys(context.prompts))
     mine = [(i, prompt) for i, prompt in enumerate(distinct) if i % context.processes.size == context.processes.rank]
     todo = [(i, prompt) for i, prompt in mine if not prompt_file(folder, i).is_file()]
     together = max(1, least_micro_batch(context.config.sampling.micro_batch) // count)  # prompts
@@ -114,8 +183,11 @@ def best_clips_of_base(context: Context) -> Clips:
 
 
 def clips_of_videos(context: Context, source: str) -> Clips:
-    """The best `sft.keep` of the videos of a manifest or folder, encoded, by the configured rewards."""
-    folder, config = clip_folder(context), context.config
+    """The best `sft.keep` of the videos of a manifest or folder, encoded, by the configured rewards.
+
+    A reward that no video of a prompt has does not apply to the prompt: it is as good as the mean of all videos there.
+    """
+    folder, config = claim_folder(context), context.config
     rows, root = manifest_rows(source)
     for number in range(context.processes.rank, len(rows), context.processes.size):
         _go_on(context)
@@ -135,11 +207,14 @@ def clips_of_videos(context: Context, source: str) -> Clips:
     done = [row for row in read_prompt_files(folder) if row["files"]]
     if not done:
         return _not_empty([])
-    values = torch.tensor([[row["rewards"][name][0] for row in done] for name in config.rewards])
-    merit = _merit(context, values, torch.zeros(len(done), dtype=torch.long), torch.ones_like(values, dtype=torch.bool))
-    best = sorted(
-        merit.argsort(descending=True, stable=True)[: max(1, math.ceil(config.sft.keep * len(done)))].tolist()
-    )
+    values = torch.tensor([[_number(row["rewards"][name][0]) for row in done] for name in config.rewards])
+    numbers = {prompt: place for place, prompt in enumerate(dict.fromkeys(row["prompt"] for row in done))}
+    by_prompt = torch.tensor([numbers[row["prompt"]] for row in done])
+    asked = asked_rewards(values.isfinite(), by_prompt, reward_weights(config.rewards))
+    judged = judged_samples(values.isfinite(), asked)
+    merit = _merit(context, values, asked)
+    order = [k for k in merit.argsort(descending=True, stable=True).tolist() if judged[k]]
+    best = sorted(order[: max(1, math.ceil(config.sft.keep * len(order)))])
     return _not_empty([(folder / done[k]["files"][0], done[k]["prompt"]) for k in best])
 
 
@@ -147,8 +222,8 @@ def clips_of_videos(context: Context, source: str) -> Clips:
 def clip_merit(
     context: Context, latents: Float[Tensor, "K C T H W"], prompts: Sequence[str]
 ) -> tuple[Float[Tensor, " K"], Tensor, dict[str, list[float | None]]]:
-    """How good each clip is among these (normalised rewards, averaged), whether all rewards are valid, and the raw
-    rewards by name."""
+    """How good each clip is among these (normalised rewards, averaged), whether it could be judged by all rewards that
+    have a say among them, and the raw rewards by name."""
     assert context.lgm is not None
     travel: dict[str, float] = {}
     measure_base_travel(context, prompts, travel)
@@ -157,10 +232,12 @@ def clip_merit(
         context.lgm, latents, config.rewards, prompts=prompts, base_travel=travel, micro_batch=config.lgm.micro_batch
     )
     values, valid = scores.values.cpu(), scores.valid.cpu()
-    merit = _merit(context, values, torch.zeros(len(latents), dtype=torch.long), valid)
+    values = torch.where(valid, values, torch.nan)
+    asked = asked_rewards(valid, _one_group(values), reward_weights(config.rewards))
+    merit = _merit(context, values, asked)
     raw = {name: [v if ok else None for v, ok in zip(row, good, strict=True)]
            for name, row, good in zip(config.rewards, values.tolist(), valid.tolist(), strict=True)}  # fmt: skip
-    return merit, valid.all(dim=0), raw
+    return merit, judged_samples(valid, asked), raw
 
 
 def manifest_rows(source: str) -> tuple[list[ManifestRow], Path]:
@@ -190,9 +267,18 @@ def fitted_video(path: Path, num_frames: int, size: tuple[int, int]) -> Float[Te
     return video.clamp(0, 1).transpose(0, 1)
 
 
-def _merit(context: Context, values: Tensor, group: Tensor, valid: Tensor) -> Float[Tensor, " N"]:
-    weights = torch.tensor([term.weight for term in context.config.rewards.values()])
-    return group_advantages(values, group, weights=weights, mode=context.config.grpo.mode, valid=valid)
+def _merit(context: Context, values: Float[Tensor, "R N"], asked: Bool[Tensor, "R N"]) -> Float[Tensor, " N"]:
+    """Normalised rewards, averaged, of clips that are compared with each other; NaN is invalid."""
+    weights, mode = reward_weights(context.config.rewards), context.config.grpo.mode
+    return group_advantages(values, _one_group(values), weights=weights, mode=mode, asked=asked)
+
+
+def _one_group(values: Float[Tensor, "R N"]) -> Int[Tensor, " N"]:
+    return torch.zeros(values.shape[1], dtype=torch.long)
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def _not_empty(found: list[tuple[Path, str]]) -> Clips:

@@ -3,7 +3,9 @@
     loss = - mean_k r( z_0(theta) )  +  kl * mean over the last steps of |v - v_base|^2 / dims
 
 The first steps run without gradient, the last `direct.grad_steps` with it (truncation). r is the weighted mean of the
-configured rewards. A clip whose reward cannot be computed has no part in the update and is counted.
+configured rewards; one that cannot be computed for a clip, or weighs 0, has no part in that clip's r. (Clips are not
+compared, so a reward that does not apply to a prompt needs no group to be told.) A clip without any reward has no part
+in the update and is counted.
 """
 
 from __future__ import annotations
@@ -65,14 +67,14 @@ class Direct:
                     sums[name] = sums.get(name, torch.zeros_like(value)) + value
         totals = context.processes.sum(torch.stack([sums[name] for name in sorted(sums)]))
         total = dict(zip(sorted(sums), totals.tolist(), strict=True))
-        valid = total["valid"]
         with watch.stage("optimizer"):
             norm = context.policy.step(number, loss=total["loss"])
-        rewards = {n: value / valid if valid else math.nan for n, value in total.items() if n.startswith("reward/")}
+        known = {name: total[f"known/{name}"] for name in self.context.config.rewards}
+        rewards = {f"reward/{n}": total[f"reward/{n}"] / k if k else math.nan for n, k in known.items()}
         return rewards | {
             "loss": total["loss"] / count,
             "kl": total["kl"] / count,
-            "samples/invalid": count - valid,
+            "samples/invalid": count - total["valid"],
             "grad_norm": norm,
             "learning_rate": context.policy.learning_rate,
             "videos": float(count),
@@ -88,13 +90,15 @@ class Direct:
         terms = self.context.config.rewards
         weights = sum(term.weight for term in terms.values())
         values = {n: get_reward(n)(prediction, context=context, **t.options).value for n, t in terms.items()}
-        # A reward of weight 0 is only watched: where it cannot be computed, it must not spoil the sum.
-        parts = [terms[name].weight / weights * value for name, value in values.items() if terms[name].weight > 0]
-        total = torch.stack(parts).sum(0)
-        ok = total.detach().isfinite()
-        loss = torch.where(ok, -total, torch.zeros_like(total)) + self.settings.kl * kl
+        known = {name: value.detach().isfinite() for name, value in values.items()}
+        safe = {name: torch.where(known[name], value, torch.zeros_like(value)) for name, value in values.items()}
+        weighed = [name for name in terms if terms[name].weight > 0]
+        total = torch.stack([terms[name].weight / weights * safe[name] for name in weighed]).sum(0)
+        ok = torch.stack([known[name] for name in weighed]).any(0)
+        loss = -total + self.settings.kl * kl
         (loss.sum() / count).backward()
-        sums = {f"reward/{name}": value.detach()[ok].sum() for name, value in values.items()}
+        sums = {f"reward/{name}": value.detach().sum() for name, value in safe.items()}
+        sums |= {f"known/{name}": mask.sum() for name, mask in known.items()}
         return {n: v.double() for n, v in {**sums, "loss": loss.detach().sum(), "kl": kl.detach().sum(),
                                            "valid": ok.sum()}.items()}  # fmt: skip
 

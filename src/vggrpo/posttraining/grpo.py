@@ -19,12 +19,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vggrpo.errors import UserError
-from vggrpo.posttraining.advantage import group_advantages
+from vggrpo.posttraining.advantage import asked_rewards, group_advantages, judged_samples
 from vggrpo.posttraining.algorithm import Context
 from vggrpo.posttraining.batches import items_of
 from vggrpo.posttraining.micro_batch import replay_micro_batch, rollout_micro_batch
 from vggrpo.posttraining.replay import OldPolicy, Replayer, ReplayStatistics, all_transitions, inner_parts
-from vggrpo.posttraining.scoring import Scores, measure_motion, score_latents
+from vggrpo.posttraining.scoring import Scores, measure_motion, reward_weights, score_latents
 from vggrpo.posttraining.watch import MotionWatch, reward_metrics
 from vggrpo.sampling.rollout import NoiseSettings, Trajectory, choose_window, rollout
 from vggrpo.sampling.seeds import derive_seed
@@ -109,7 +109,8 @@ class GRPO:
         active = advantages.view(-1, group_size).ne(0).any(dim=1)  # groups with any spread
         kept = active[group]
         if grpo.invalid == "drop":
-            kept = kept & valid.all(dim=0)
+            asked = asked_rewards(valid, group, reward_weights(self.config.rewards))
+            kept = kept & judged_samples(valid, asked)
         with watch.stage("replay"):
             statistics = self._optimize(number, trajectory, text, kept.nonzero().flatten(), advantages, mine, watch)
         watched = {name: self.processes.gather(value).cpu() for name, value in scores.watched.items()}
@@ -226,7 +227,7 @@ class GRPO:
         return group_advantages(
             values,
             group,
-            weights=torch.tensor([term.weight for term in self.config.rewards.values()]),
+            weights=reward_weights(self.config.rewards),
             mode=grpo.mode,
             std=grpo.std,
             std_scope=grpo.std_scope,

@@ -6,7 +6,8 @@
     v+ = (1 - beta) v_old + beta v_theta,     v- = (1 + beta) v_old - beta v_theta,      at x_t = (1 - t) x0 + t eps
 
 Deviations: the old policy is the current one or the moving average that `optim.ema` keeps (the original moves its own
-average, with a schedule), the weighting is uniform over t, and a clip whose reward cannot be computed is left out.
+average, with a schedule), the weighting is uniform over t, and a clip is left out if a reward cannot be computed for it
+that could be for another one of its group.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vggrpo.posttraining.advantage import group_advantages
+from vggrpo.posttraining.advantage import asked_rewards, group_advantages, judged_samples
 from vggrpo.posttraining.algorithm import Context
 from vggrpo.posttraining.batches import items_of, measure_base_travel, sample_clips, share_of
 from vggrpo.posttraining.forward_losses import drawn_times, network_input, nft_loss, optimality_of, velocity_error
-from vggrpo.posttraining.scoring import score_latents
+from vggrpo.posttraining.scoring import reward_weights, score_latents
 from vggrpo.posttraining.sft import FINE
 from vggrpo.posttraining.watch import reward_metrics
 from vggrpo.sampling.seeds import derive_seed, seeded_noise
@@ -104,17 +105,17 @@ class NFT:
         gather = context.processes.gather
         values, valid = gather(scores.values).cpu(), gather(scores.valid.float()).cpu() > 0
         watched = {name: gather(value).cpu() for name, value in scores.watched.items()}
-        group = torch.arange(count) // size
+        group, weights = torch.arange(count) // size, reward_weights(config.rewards)
         advantages = group_advantages(
             values,
             group,
-            weights=torch.tensor([term.weight for term in config.rewards.values()]),
+            weights=weights,
             mode=config.grpo.mode,
             valid=valid,
             invalid="drop",
         )
         spread = advantages.view(-1, size).ne(0).any(dim=1)
-        kept = (spread[group] & valid.all(dim=0)).nonzero().flatten()
+        kept = (spread[group] & judged_samples(valid, asked_rewards(valid, group, weights))).nonzero().flatten()
         metrics = reward_metrics(list(config.rewards), values, valid, group, watched)
         metrics |= {"groups/skipped": float((~spread).sum()), "videos": float(count)}
         return _Rollout(mine, prompts, latents, kept, advantages), metrics

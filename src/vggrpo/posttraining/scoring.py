@@ -39,6 +39,11 @@ def check_rewards(terms: Mapping[str, RewardTerm]) -> None:
         check_options(name, term.options)
 
 
+def reward_weights(terms: Mapping[str, RewardTerm]) -> Float[Tensor, " R"]:
+    """The configured rewards' weights, in their order."""
+    return torch.tensor([term.weight for term in terms.values()])
+
+
 @torch.no_grad()
 def score_latents(
     lgm: GeometryReader,

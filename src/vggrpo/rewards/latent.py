@@ -20,9 +20,7 @@ from vggrpo.errors import UserError
 from vggrpo.geometry import GeometryPrediction
 from vggrpo.lgm.model import LatentGeometryModel
 from vggrpo.rewards.base import RewardContext
-from vggrpo.rewards.camera_motion import camera_motion_smoothness
-from vggrpo.rewards.registry import get_reward
-from vggrpo.rewards.reprojection import geometry_reprojection_consistency
+from vggrpo.rewards.registry import AUDITED, check_all_options, get_reward
 
 
 class LatentGeometryReward(nn.Module):
@@ -32,21 +30,41 @@ class LatentGeometryReward(nn.Module):
         lgm: the latent geometry model.
         chunk: clips that go through the LGM at once; halved, for good, whenever a CUDA device runs out of memory.
         differentiable: keep the graph from rewards to latents (for guidance and direct training).
+        options: keyword arguments of `camera_motion_smoothness` and `geometry_reprojection_consistency` by these names,
+            such as a recipe has them (`vggrpo.rewards.registry.audited_options`); None: their defaults.
+
+    Raises:
+        UserError: options of another reward, or that the reward does not have.
     """
 
-    def __init__(self, lgm: LatentGeometryModel, chunk: int = 16, differentiable: bool = False) -> None:
+    def __init__(
+        self,
+        lgm: LatentGeometryModel,
+        chunk: int = 16,
+        differentiable: bool = False,
+        *,
+        options: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
         super().__init__()
+        check_all_options(options or {}, AUDITED)
         self.lgm, self.chunk, self.differentiable = lgm, chunk, differentiable
+        self.options = {name: dict((options or {}).get(name, {})) for name in AUDITED}
 
     @classmethod
     def from_pretrained(
-        cls, directory: str | Path, chunk: int = 16, differentiable: bool = False
+        cls,
+        directory: str | Path,
+        chunk: int = 16,
+        differentiable: bool = False,
+        *,
+        options: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> LatentGeometryReward:
-        """Load the LGM from a directory, or "embedded" for the shipped one.
+        """Load the LGM from a directory, or "embedded" for the shipped one; see the class for the arguments.
 
-        Errors are those of `LatentGeometryModel.from_pretrained`.
+        Errors are also those of `LatentGeometryModel.from_pretrained`.
         """
-        return cls(LatentGeometryModel.from_pretrained(directory), chunk, differentiable)
+        check_all_options(options or {}, AUDITED)  # before a large model is loaded
+        return cls(LatentGeometryModel.from_pretrained(directory), chunk, differentiable, options=options)
 
     def forward(self, latents: Float[Tensor, "B C T H W"]) -> dict[str, Float[Tensor, " B"]]:
         """`motion` and `geometry` rewards in [0, 1], `valid` (bool), all terms (`e_trans`, `e_rot`, `e_geo`, ...)."""
@@ -64,7 +82,7 @@ class LatentGeometryReward(nn.Module):
 
     def _score(self, latents: Tensor) -> dict[str, Tensor]:
         prediction = self.lgm(latents)
-        motion, geometry = camera_motion_smoothness(prediction), geometry_reprojection_consistency(prediction)
+        motion, geometry = (get_reward(name)(prediction, **self.options[name]) for name in AUDITED)
         return {
             "motion": motion.value,
             "geometry": geometry.value,
@@ -84,7 +102,7 @@ class WeightedLatentReward:
         chunk: clips that go through the LGM at once.
 
     Raises:
-        UserError: for an unknown reward, or weights that are negative or all zero.
+        UserError: for an unknown reward or option, or weights that are negative or all zero.
     """
 
     def __init__(
@@ -96,6 +114,7 @@ class WeightedLatentReward:
     ) -> None:
         if min(weights.values(), default=0) < 0 or not sum(weights.values()) > 0:
             raise UserError(f"the weights of the rewards are {dict(weights)}; give at least one that is positive")
+        check_all_options(options or {}, weights)
         total = sum(weights.values())
         self._terms = [(get_reward(name), weight / total, dict((options or {}).get(name, {})))
                        for name, weight in weights.items() if weight > 0]  # fmt: skip

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib.metadata import entry_points
 from typing import Any, get_type_hints
@@ -38,9 +38,27 @@ REWARDS: dict[str, RewardFunction] = {
 AUDITED = ("camera_motion_smoothness", "geometry_reprojection_consistency")  # the paper's two
 
 
+def recipe_options(rewards: Mapping[str, RewardTerm], names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """What a recipe's `rewards` say of the options of the rewards `names`; a default says nothing."""
+    return {name: dict(rewards[name].options) for name in names if name in rewards and rewards[name].options}
+
+
 def audited_options(rewards: Mapping[str, RewardTerm]) -> dict[str, dict[str, Any]]:
-    """What a recipe's `rewards` say of the options of the two that an audit asks about; a default says nothing."""
-    return {name: dict(rewards[name].options) for name in AUDITED if name in rewards and rewards[name].options}
+    """What a recipe's `rewards` say of the options of the two that an audit asks about."""
+    return recipe_options(rewards, AUDITED)
+
+
+def check_all_options(options: Mapping[str, Mapping[str, Any]], names: Iterable[str]) -> None:
+    """`check_options` of each reward, and that it is one of `names`, which alone would read them.
+
+    Raises:
+        UserError: see `check_options`; or options of another reward.
+    """
+    known = list(names)
+    for name, chosen in options.items():
+        if name not in known:
+            raise UserError(f"there are options for {name!r}, which is not asked; give those of {', '.join(known)}")
+        check_options(name, chosen)
 
 
 def check_options(name: str, options: Mapping[str, Any]) -> None:

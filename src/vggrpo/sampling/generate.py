@@ -85,6 +85,8 @@ def generate_videos(
     arm, seeds = arm or ("tuned" if lora is not None else "base"), list(seeds)
     if Path(arm).name != arm or arm == "..":
         raise UserError(f"the arm {arm!r} is no name of a directory in {output}; use one without '/'")
+    if steering is not None and steering.guidance is not None:
+        steering.guidance.check_steps(num_steps)  # before anything is written or loaded
     folder = ensure_directory(Path(output) / arm)
     made_by = {"num_steps": num_steps, "guidance_scale": guidance_scale, "num_frames": num_frames, "size": list(size),
                "fps": fps, "dtype": dtype}  # fmt: skip
@@ -184,8 +186,10 @@ def solve(
         first_frame: the given first latent frame (image to video), None: none.
 
     Raises:
-        UserError: when the network puts out NaN or infinity.
+        UserError: when the network puts out NaN or infinity, or `guidance` would guide no step.
     """
+    if guidance is not None:
+        guidance.check_steps(num_steps)
     text = model.encode_prompt(prompts) if text is None else text
     negative = negative_text
     if guidance_scale != 1 and negative is None:

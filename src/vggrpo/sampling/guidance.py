@@ -63,6 +63,22 @@ class RewardGuidance:
         """How many of `num_steps` steps are guided."""
         return sum(self.acts(step) for step in range(num_steps))
 
+    def check_steps(self, num_steps: int) -> None:
+        """Guidance that would never act must not pass for guidance.
+
+        Raises:
+            UserError: when the scale is above 0 and none of `num_steps` steps is guided; names an `every` that works.
+        """
+        if self.scale == 0 or self.guided_steps(num_steps):
+            return
+        if num_steps < 2:
+            raise UserError(f"of {num_steps} step none is guided, because the first never is; take 2 steps or more")
+        like_the_paper = max(1, num_steps * 2 // 5)  # steps 20 and 40 of 50
+        raise UserError(
+            f"guidance every {self.every} steps guides none of {num_steps}; set every (--guidance-every) to "
+            f"{num_steps - 1} or less, such as {like_the_paper}, or take more than {self.every} steps"
+        )
+
     def take_skipped(self) -> int:
         """`skipped`, which starts from 0 again."""
         count, self.skipped = self.skipped, 0
