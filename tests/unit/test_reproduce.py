@@ -13,6 +13,7 @@ from vggrpo.config_algorithms import StopConfig
 from vggrpo.errors import UserError
 from vggrpo.evaluation.benchmarks import load_prompt_sets
 from vggrpo.reproduce import STUDIES, TABLES, Settings, reproduce
+from vggrpo.reproduce.recipes import FAR
 from vggrpo.reproduce.results import write_results
 from vggrpo.reproduce.settings import arm_config, check_settings
 
@@ -49,6 +50,22 @@ def test_every_arm_is_a_valid_config_of_the_same_budget(name, config, tmp_path):
     quick = arm_config(arm, Settings(config=config).smallest(), tmp_path, 0)
     assert quick.updates == 1 and quick.sampling.num_steps == 3 and quick.grpo.samples_per_prompt <= 4
     assert config != "tiny" or videos_of(quick) <= 4
+
+
+@pytest.mark.parametrize("arm", [ARMS["no-hinge"], FAR[1]])
+def test_an_arm_without_the_hinge_keeps_the_other_rewards_as_they_are(arm, tmp_path):
+    ours = arm_config(ARMS["vggrpo"], Settings(), tmp_path, 0)
+    found = arm_config(arm, Settings(), tmp_path, 0)
+    assert found.rewards == {name: term for name, term in ours.rewards.items() if name != "camera_motion_hinge"}
+    assert len(found.rewards) == len(ours.rewards) - 1 and any(term.options for term in found.rewards.values())
+    edited = Settings(overrides=("rewards.camera_motion_smoothness.options.eps_rotation=0.07",))
+    assert arm_config(arm, edited, tmp_path, 0).rewards["camera_motion_smoothness"].options["eps_rotation"] == 0.07
+
+
+def test_the_papers_rewards_have_no_options(tmp_path):
+    found = arm_config(ARMS["paper-rewards"], Settings(), tmp_path, 0).rewards
+    assert set(found) == {"camera_motion_smoothness", "geometry_reprojection_consistency"}
+    assert all(term.weight == 1 and not term.options for term in found.values())
 
 
 def videos_of(config):

@@ -6,12 +6,15 @@ are one run, so tables share what they have in common.
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from vggrpo.config import TrainConfig
 
 _MOTION, _GEOMETRY = "camera_motion_smoothness", "geometry_reprojection_consistency"
+_HINGE = "camera_motion_hinge"
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,7 @@ class Arm:
         name: also of its run.
         about: one sentence.
         train: config overrides of its training; None: the base model.
+        without: rewards of the recipe that it drops; the others keep their weights and options.
         lgm: overrides of the LGM recipe: rewards are read through an LGM that is trained with them; None: the shipped
             (or configured) one.
         seconds_of: the arm that it trains as long as, by its seconds; "": for as many videos as the GRPO recipe.
@@ -35,6 +39,7 @@ class Arm:
     name: str
     about: str
     train: tuple[str, ...] | None = None
+    without: tuple[str, ...] = ()
     lgm: tuple[str, ...] | None = None
     seconds_of: str = ""
     lora_of: str = ""
@@ -63,10 +68,10 @@ RIVALS = (
     Arm("nft", "forward-process RL on the same rewards", ("algorithm=nft",)),
     Arm("direct", "backpropagation of the same rewards", ("algorithm=direct",)),
 )
-BARE = ("grpo.kl=1e-9", f"rewards={{{_MOTION}: 1.0, {_GEOMETRY}: 1.0}}")  # the KL is measured and does not act
 FAR = (
     Arm("far", "the recipe, trained far past its end", ()),
-    Arm("far-bare", "the same without KL and hinge", BARE),
+    # A KL of weight 0 would not be measured; this one is, and does not act.
+    Arm("far-bare", "the same without KL and hinge", ("grpo.kl=1e-9",), without=(_HINGE,)),
 )
 """Arms of the study of reward hacking."""
 LGM_RECIPE = Arm("lgm-recipe", "an LGM by the short recipe: rendered and generated clips, a view per latent frame",
@@ -104,7 +109,9 @@ TABLES: dict[str, Table] = {
             VGGRPO,
             Arm("summed", "one normalisation of the summed rewards", ("grpo.mode=sum",)),
             Arm("no-kl", "no KL to the base model", ("grpo.kl=0",)),
-            Arm("no-hinge", "no hinge on the camera's travel", (f"rewards={{{_MOTION}: 1.0, {_GEOMETRY}: 1.0}}",)),
+            Arm("no-hinge", "no hinge on the camera's travel", (), without=(_HINGE,)),
+            Arm("paper-rewards", "the paper's two rewards with their default options, no hinge",
+                (f"rewards={{{_MOTION}: 1.0, {_GEOMETRY}: 1.0}}",)),
             Arm("half-groups", "K halved, as many videos in all", (), group=0.5),
             Arm("double-groups", "K doubled, as many videos in all", (), group=2.0),
             Arm("adherence", "and the camera goes where the prompt sends it", ("rewards.camera_adherence=0.5",)),
@@ -162,6 +169,12 @@ STUDIES = {
     "hacking": "Training far past the optimum: which watch sees it first",
 }
 """Recipes that are no comparison of arms. The first two train nothing: `vggrpo analyze-lgm` answers them."""
+
+
+def kept_rewards(config: TrainConfig, without: Sequence[str]) -> list[str]:
+    """Overrides that drop rewards of a recipe; none where it has none of them."""
+    kept = {name: term.model_dump(mode="json") for name, term in config.rewards.items() if name not in without}
+    return [f"rewards={json.dumps(kept)}"] if len(kept) < len(config.rewards) else []
 
 
 def equal_budget(config: TrainConfig, prompts: int, group: float = 1.0) -> list[str]:

@@ -11,7 +11,7 @@ from vggrpo.errors import UserError
 from vggrpo.io.atomic import atomic_write_json
 from vggrpo.io.manifest import read_jsonl
 from vggrpo.io.prompts import read_prompts
-from vggrpo.reproduce.recipes import Arm, equal_budget
+from vggrpo.reproduce.recipes import Arm, equal_budget, kept_rewards
 
 # The smallest run of every algorithm.
 _QUICK = (
@@ -83,6 +83,7 @@ def arm_config(
     if arm.lgm is not None:
         common.append(f"lgm.path={lgm_folder(arm, folder) / 'lgm'}")
     overrides = [*size, *(_QUICK if settings.quick else ()), *settings.overrides, *arm.train, *common]
+    overrides += kept_rewards(load_config(settings.config, overrides), arm.without)
     config = load_config(settings.config, overrides)
     embedded = config.data.prompts == EMBEDDED or not Path(config.data.prompts).is_file()
     prompts = config.data.num_prompts if embedded else len(read_prompts(config.data.prompts))
