@@ -23,7 +23,7 @@ from vggrpo.posttraining import train
 from vggrpo.posttraining.trainer import load_lgm
 from vggrpo.reproduce.lgms import audited_lgm
 from vggrpo.reproduce.recipes import TABLES, Arm
-from vggrpo.reproduce.settings import Settings, arm_config, run_logs, seconds_of
+from vggrpo.reproduce.settings import Settings, arm_config, run_logs, seconds_of, seconds_of_run
 from vggrpo.rewards.latent import WeightedLatentReward
 from vggrpo.rewards.registry import audited_options
 from vggrpo.sampling.generate import generate_videos
@@ -56,12 +56,24 @@ def trained(arm: Arm, seed: int, folder: Path, settings: Settings, say: Say) -> 
     if arm.lgm is not None:
         say(f"LGM of {arm.name}")
         audited_lgm(arm, settings, folder)
-    seconds = None
-    if arm.seconds_of:
-        trained(arm_named(arm.seconds_of), seed, folder, settings, say)
-        seconds = seconds_of(read_jsonl(folder / "runs" / f"{arm.seconds_of}-s{seed}" / "log.jsonl"))
+    for other in filter(None, (arm.seconds_of, arm.clips_of)):
+        trained(arm_named(other), seed, folder, settings, say)
+    seconds, clips = seconds_budget(arm, seed, folder)
+    config = arm_config(arm, settings, folder, seed, seconds=seconds, clips=clips)
     say(f"train {arm.name}, seed {seed}")
-    return train(arm_config(arm, settings, folder, seed, seconds=seconds), progress=not settings.quick)
+    return train(config, progress=not settings.quick)
+
+
+def seconds_budget(arm: Arm, seed: int, folder: Path) -> tuple[float | None, float]:
+    """Seconds after which an arm ends (None: it is not timed), and the factor on the clips that it makes beforehand.
+
+    To end updates when the time is over would be unfair to an arm that makes its clips beforehand: nearly all of its
+    time is theirs, so it ends after one step, or passes over them again and again. It gets as many clips as fit.
+    """
+    if not arm.seconds_of:
+        return None, 1.0
+    seconds = seconds_of_run(arm.seconds_of, folder, seed)
+    return (None, seconds / seconds_of_run(arm.clips_of, folder, seed)) if arm.clips_of else (seconds, 1.0)
 
 
 def measured(arm: Arm, seed: int, prompt_set: str, folder: Path, settings: Settings, say: Say) -> list[Row]:

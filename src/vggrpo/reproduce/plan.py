@@ -109,7 +109,7 @@ def cells(names: Sequence[str], output: Path, settings: Settings, arms: Sequence
 def _arm_cells(arm: Arm, sets: Sequence[str], output: Path, settings: Settings, costs: Costs) -> list[Cell]:
     out = []
     owner = arm_named(arm.lora_of) if arm.lora_of else arm
-    for each in [owner, *([arm_named(owner.seconds_of)] if owner.seconds_of else [])]:
+    for each in [owner, *map(arm_named, filter(None, (owner.seconds_of, owner.clips_of)))]:
         if each.lgm is not None:
             out.append(_lgm(each, output, settings, costs))
         if each.train is not None:

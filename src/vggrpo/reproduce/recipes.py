@@ -29,6 +29,8 @@ class Arm:
         lgm: overrides of the LGM recipe: rewards are read through an LGM that is trained with them; None: the shipped
             (or configured) one.
         seconds_of: the arm that it trains as long as, by its seconds; "": for as many videos as the GRPO recipe.
+        clips_of: of an arm with `seconds_of` that makes its clips beforehand, the same arm at equal videos: its seconds
+            say how many clips fit. "": its updates go on until the seconds are over.
         lora_of: the arm whose LoRA it samples with; "": its own (or none, if it is not trained).
         guidance: scale of latent reward guidance; None: none. 0 must change nothing, and that is checked.
         detach: guidance without the video model's gradient.
@@ -42,6 +44,7 @@ class Arm:
     without: tuple[str, ...] = ()
     lgm: tuple[str, ...] | None = None
     seconds_of: str = ""
+    clips_of: str = ""
     lora_of: str = ""
     guidance: float | None = None
     detach: bool = False
@@ -86,7 +89,14 @@ STITCHED = (
 
 
 def _as_long(arm: Arm) -> Arm:
-    return replace(arm, name=f"{arm.name}-seconds", about=f"{arm.about}, as long as VGGRPO", seconds_of=VGGRPO.name)
+    beforehand = not {"algorithm=sft", "algorithm=dpo"}.isdisjoint(arm.train or ())
+    return replace(
+        arm,
+        name=f"{arm.name}-seconds",
+        about=f"{arm.about}, as long as VGGRPO",
+        seconds_of=VGGRPO.name,
+        clips_of=arm.name if beforehand else "",
+    )
 
 
 TABLES: dict[str, Table] = {
@@ -177,7 +187,7 @@ def kept_rewards(config: TrainConfig, without: Sequence[str]) -> list[str]:
     return [f"rewards={json.dumps(kept)}"] if len(kept) < len(config.rewards) else []
 
 
-def equal_budget(config: TrainConfig, prompts: int, group: float = 1.0) -> list[str]:
+def equal_budget(config: TrainConfig, prompts: int, group: float = 1.0, clips: float = 1.0) -> list[str]:
     """Overrides that give an arm the videos of the GRPO recipe, and its gradient samples (videos x trained steps).
 
     Two exceptions have fewer gradient samples. SFT and DPO see their clips once: on the embedded world more passes made
@@ -187,11 +197,14 @@ def equal_budget(config: TrainConfig, prompts: int, group: float = 1.0) -> list[
         config: of the arm, with the GRPO section of the recipe.
         prompts: training prompts; the offline rivals share the videos out among them.
         group: factor on K.
+        clips: factor on the clips of the offline rivals, and so on their one pass; rounded down, at least two a prompt,
+            the fewest that leave a choice.
     """
     grpo, window = config.grpo, config.sampling.window
     per_update = grpo.prompts_per_update * grpo.samples_per_prompt
-    videos, samples = config.updates * per_update, config.updates * per_update * window
-    candidates = max(2, round(videos / prompts))
+    videos = config.updates * per_update
+    samples = max(1.0, clips) * videos * window
+    candidates = max(2, math.floor(clips * max(2, round(videos / prompts))))
     size = max(2, round(grpo.samples_per_prompt * group))
     groups = max(1, round(grpo.prompts_per_update / group))
 

@@ -67,13 +67,21 @@ class Settings:
 
 
 def arm_config(
-    arm: Arm, settings: Settings, folder: Path, seed: int, *, updates: int | None = None, seconds: float | None = None
+    arm: Arm,
+    settings: Settings,
+    folder: Path,
+    seed: int,
+    *,
+    updates: int | None = None,
+    seconds: float | None = None,
+    clips: float = 1.0,
 ) -> TrainConfig:
     """The training config of an arm; rivals get the budget of the GRPO recipe.
 
     Args:
         updates: instead of those of the budget.
         seconds: train for as long instead of for equally many videos.
+        clips: factor on the clips that an offline rival makes; its one pass over them grows with it.
     """
     assert arm.train is not None
     size = [] if settings.updates is None else [f"updates={settings.updates}"]
@@ -87,7 +95,7 @@ def arm_config(
     config = load_config(settings.config, overrides)
     embedded = config.data.prompts == EMBEDDED or not Path(config.data.prompts).is_file()
     prompts = config.data.num_prompts if embedded else len(read_prompts(config.data.prompts))
-    overrides += equal_budget(config, prompts, arm.group)
+    overrides += equal_budget(config, prompts, arm.group, clips)
     if config.algorithm == "dpo":  # pairs are made of clips as people get them: without guidance few have matches
         overrides += [f"sampling.guidance_scale={settings.guidance_scale}"]
     if seconds is not None:
@@ -111,6 +119,11 @@ def run_logs(name: str, folder: Path, seeds: int) -> list[list[dict[str, float]]
 def seconds_of(log: list[dict[str, float]]) -> float:
     """What a training took: all its updates, with the clips that were made before the first one."""
     return round(sum(row["seconds/total"] for row in log), 1)
+
+
+def seconds_of_run(name: str, folder: Path, seed: int) -> float:
+    """`seconds_of` a run that has a log."""
+    return seconds_of(read_jsonl(folder / "runs" / f"{name}-s{seed}" / "log.jsonl"))
 
 
 def check_settings(path: Path, settings: Settings) -> None:
