@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from vggrpo.cli import main
+from vggrpo.config import load_config
 from vggrpo.errors import UserError
 from vggrpo.reproduce import TABLES, Settings, cells, lgms
 from vggrpo.reproduce import plan as plan_module
@@ -18,6 +19,7 @@ from vggrpo.reproduce.lgms import audited_lgm, lgm_config
 from vggrpo.reproduce.plan import Costs, budget, plan_lines
 from vggrpo.reproduce.recipes import equal_budget
 from vggrpo.reproduce.settings import arm_config, seconds_of
+from vggrpo.rewards.registry import audited_options
 
 OWN_LGM = [arm for arm in TABLES["lgm"].arms if arm.lgm is not None]
 
@@ -119,6 +121,24 @@ def test_equal_latents_are_equal_bit_for_bit(tmp_path):
     save_file({"latents": torch.ones(2)}, tmp_path / "b" / "arm" / "0001.safetensors")
     assert not same_latents(manifests[0], manifests[1])
     assert arm_named("guided-0").guidance == 0.0  # off, and asked for
+
+
+@pytest.mark.parametrize("name", ["guided-100", "best-of-4"])
+def test_steering_reads_the_rewards_as_the_recipe_has_them(monkeypatch, name):
+    made = {}
+
+    def fake_reward(lgm, weights, options=None):
+        made["options"] = options
+
+    monkeypatch.setattr(cells, "load_lgm", lambda path, device: None)
+    monkeypatch.setattr(cells, "WeightedLatentReward", fake_reward)
+    steering = cells._steering(arm_named(name), Settings().recipe(), Settings(device="cpu"))
+    expected = audited_options(Settings().recipe().rewards)
+    assert made["options"] == expected and expected["geometry_reprojection_consistency"]["movers"] == "subject"
+    (settings,) = filter(None, steering.settings().values())
+    assert settings["reward"] == "motion + geometry" and settings["options"] == expected
+    plain = cells._steering(arm_named(name), load_config({}), Settings(device="cpu"))
+    assert all("options" not in (value or {}) for value in plain.settings().values())  # as outputs without any say it
 
 
 COSTS = Costs(video=1.0, gradient=0.5, start=10.0, sampled=2.0, lgm_clip=3.0, lgm_update=4.0, cores=0.5)

@@ -115,12 +115,14 @@ def measured_with(
 
 
 def _steering(arm: Arm, config: TrainConfig, settings: Settings) -> Steering | None:
+    """What steers an arm's sampling: the two rewards with the recipe's options, through the recipe's LGM."""
     if arm.guidance is None and arm.candidates == 1:
         return None
-    reward = WeightedLatentReward(load_lgm(config.lgm.path, pick_device(settings.device)), GUIDING)
+    options = audited_options(config.rewards)  # steer by what is trained and reported
+    reward = WeightedLatentReward(load_lgm(config.lgm.path, pick_device(settings.device)), GUIDING, options)
     every = max(1, settings.steps * 2 // 5)  # the paper's share: steps 20 and 40 of 50
     guidance = RewardGuidance(reward, arm.guidance or 0.0, every=every, detach_velocity=arm.detach)
-    return Steering(reward, "motion + geometry", guidance, arm.candidates)
+    return Steering(reward, "motion + geometry", guidance, arm.candidates, options)
 
 
 def pooled(runs: Sequence[Sequence[Row]]) -> list[Row]:

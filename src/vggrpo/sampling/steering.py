@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,14 @@ class Steering:
         name: says in the settings which reward it is.
         guidance: None = no guidance.
         candidates: keep the best of so many; 1 = no choice.
+        options: what the reward was made with beside its defaults, by the names of its parts; for the settings too.
     """
 
     reward: LatentReward
     name: str
     guidance: RewardGuidance | None = None
     candidates: int = 1
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.candidates < 1:
@@ -41,11 +43,14 @@ class Steering:
 
     def settings(self) -> dict[str, Any]:
         """What decides the videos; None for what is off, so that plain sampling stays plain."""
+        by: dict[str, Any] = {"reward": self.name}
+        if self.options:
+            by["options"] = {name: dict(options) for name, options in self.options.items()}
         guided = None
         if self.guidance is not None:
             names = ("scale", "every", "max_t", "detach_velocity")
-            guided = {name: getattr(self.guidance, name) for name in names} | {"reward": self.name}
-        chosen = None if self.candidates == 1 else {"candidates": self.candidates, "reward": self.name}
+            guided = {name: getattr(self.guidance, name) for name in names} | by
+        chosen = None if self.candidates == 1 else {"candidates": self.candidates} | by
         return {"guidance": guided, "best_of": chosen}
 
     def sample(
