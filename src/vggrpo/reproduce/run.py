@@ -20,6 +20,7 @@ from vggrpo.evaluation.benchmarks import load_prompt_sets
 from vggrpo.io.atomic import ensure_directory
 from vggrpo.models.loading import pick_device
 from vggrpo.reproduce.cells import BASE, Row, Say, compared, measured, pooled, spent, training_seeds
+from vggrpo.reproduce.digests import digests
 from vggrpo.reproduce.hacking import study_hacking
 from vggrpo.reproduce.lgms import about_lgm, lgm_config
 from vggrpo.reproduce.recipes import STITCHED, STUDIES, TABLES, VGGRPO, Arm, Table
@@ -49,7 +50,8 @@ def reproduce(
         The Markdown files.
 
     Raises:
-        UserError: for unknown names, or a directory that holds a reproduction with other settings.
+        UserError: for unknown names, or a directory that holds a reproduction with other settings, or with another
+            content of the recipe or the weights.
     """
     settings = settings or Settings()
     chosen = {name: chosen_arms(name, arms) for name in checked_names(names, arms)}
@@ -57,10 +59,12 @@ def reproduce(
     load_prompt_sets(settings.sets)
     pick_device(settings.device)
     with_lgm = [arm for table in chosen.values() for arm in table if arm.lgm is not None]
-    for arm in {arm.name: arm for arm in [*with_lgm, *(STITCHED if "stitch" in names else ())]}.values():
+    own_lgm = {arm.name: arm for arm in [*with_lgm, *(STITCHED if "stitch" in names else ())]}.values()
+    for arm in own_lgm:
         lgm_config(arm, settings, Path(output))
+    made_of = digests(settings, lgms=bool(own_lgm))
     folder = ensure_directory(output)
-    check_settings(folder / "settings.json", settings)
+    check_settings(folder / "settings.json", settings, made_of)
     return [
         _study(name, folder, settings, say)
         if name in STUDIES

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -126,10 +127,21 @@ def seconds_of_run(name: str, folder: Path, seed: int) -> float:
     return seconds_of(read_jsonl(folder / "runs" / f"{name}-s{seed}" / "log.jsonl"))
 
 
-def check_settings(path: Path, settings: Settings) -> None:
+def check_settings(path: Path, settings: Settings, digests: Mapping[str, str] | None = None) -> None:
     """Results of other settings in the same place are an error, not a mixture. Where there is none yet, as after a
-    call that failed, any settings will do; and training seeds may become more, since every seed is a run of its own."""
+    call that failed, any settings will do; and training seeds may become more, since every seed is a run of its own.
+
+    Args:
+        path: `settings.json` of the output.
+        settings: of this call.
+        digests: of what they name (`digests.digests`); what the output has no digest of is accepted and kept from now
+            on.
+
+    Raises:
+        UserError: names what differs.
+    """
     values = json.loads(json.dumps(asdict(settings)))
+    known: dict[str, str] = {}
     if path.is_file() and any(file != path for file in path.parent.iterdir()):
         before = json.loads(path.read_text(encoding="utf-8"))
         more_seeds = values["seeds"] > before.get("seeds", values["seeds"])
@@ -139,6 +151,11 @@ def check_settings(path: Path, settings: Settings) -> None:
                     f"{path.parent} holds a reproduction with {key} {before[key]!r}, not {value!r}; "
                     "name another --output"
                 )
-        if not more_seeds:
-            return
-    atomic_write_json(path, values)
+        known = before.get("digests", {})
+        for name, digest in (digests or {}).items():
+            if known.get(name, digest) != digest:
+                raise UserError(
+                    f"{path.parent} holds a reproduction with another content of the {name} ({known[name]}, now "
+                    f"{digest}); undo that change, or name another --output"
+                )
+    atomic_write_json(path, values | {"digests": {**known, **(digests or {})}})
