@@ -14,10 +14,10 @@ from vggrpo.config import load_config
 from vggrpo.errors import UserError
 from vggrpo.reproduce import TABLES, Settings, cells, lgms
 from vggrpo.reproduce import plan as plan_module
-from vggrpo.reproduce.cells import arm_named, same_latents, seeds_check, trained
+from vggrpo.reproduce.cells import same_latents, seeds_check, trained
 from vggrpo.reproduce.lgms import audited_lgm, lgm_config
 from vggrpo.reproduce.plan import Costs, budget, plan_lines
-from vggrpo.reproduce.recipes import equal_budget
+from vggrpo.reproduce.recipes import arm_named, equal_budget
 from vggrpo.reproduce.settings import arm_config, seconds_of
 from vggrpo.rewards.registry import audited_options
 

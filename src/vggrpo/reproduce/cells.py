@@ -21,8 +21,9 @@ from vggrpo.io.manifest import read_jsonl, write_jsonl
 from vggrpo.models.loading import pick_device
 from vggrpo.posttraining import train
 from vggrpo.posttraining.trainer import load_lgm
+from vggrpo.reproduce.judging import chosen_metrics, is_embedded, judges
 from vggrpo.reproduce.lgms import audited_lgm
-from vggrpo.reproduce.recipes import TABLES, Arm
+from vggrpo.reproduce.recipes import Arm, arm_named
 from vggrpo.reproduce.settings import Settings, arm_config, run_logs, seconds_of, seconds_of_run
 from vggrpo.rewards.latent import WeightedLatentReward
 from vggrpo.rewards.registry import audited_options
@@ -40,11 +41,6 @@ BASE = Arm("base", "the untouched model")
 def training_seeds(arm: Arm, settings: Settings) -> int:
     """Training seeds of an arm; what is not trained has none, and counts once."""
     return settings.seeds if arm.train is not None or arm.lora_of else 1
-
-
-def arm_named(name: str) -> Arm:
-    """The arm of that name in any table."""
-    return next(arm for table in TABLES.values() for arm in table.arms if arm.name == name)
 
 
 def trained(arm: Arm, seed: int, folder: Path, settings: Settings, say: Say) -> Path | None:
@@ -102,12 +98,15 @@ def measured_with(
         guidance_scale=settings.guidance_scale,
         num_frames=config.data.num_frames,
         size=(config.data.height, config.data.width),
+        fps=settings.frame_rate(config),
+        micro_batch=settings.at_once(config),
         device=settings.device,
         dtype=config.model.dtype,
         save_latents=True,
         steering=_steering(arm, config, settings),
     )
-    rows = read_jsonl(evaluate_manifest(manifest, run_dir / "eval" / name, "fast"))
+    found = evaluate_manifest(manifest, run_dir / "eval" / name, chosen_metrics(settings), models=judges(settings))
+    rows = read_jsonl(found)
     if all(REWARDS.keys() <= row["metrics"].keys() for row in rows):
         return rows
     options = audited_options(config.rewards)
@@ -159,7 +158,9 @@ def compared(
     """A row of a table: differences from the base model over the prompts of `sets`, and whether they count."""
     comparison = paired(base, runs)
     manifests = [joined_manifest(sets, name, folder) for name in ("base-s0", f"{arm.name}-s0")]
-    kernel = compare_quality(manifests[0], manifests[1], reference=8 if settings.quick else 96)
+    kernel = None
+    if is_embedded(settings):  # its features are those of the embedded classifier
+        kernel = compare_quality(manifests[0], manifests[1], reference=8 if settings.quick else 96)
     judged = verdict(comparison, kernel)
     if arm.train is not None or arm.lora_of:
         judged.checks["training seeds"] = seeds_check(len(runs))

@@ -172,6 +172,13 @@ TABLES: dict[str, Table] = {
         ),
     ),
 }  # fmt: skip
+
+
+def arm_named(name: str) -> Arm:
+    """The arm of that name in any table."""
+    return next(arm for table in TABLES.values() for arm in table.arms if arm.name == name)
+
+
 STUDIES = {
     "efficiency": "Cost of a reward: through latents and through RGB frames",
     "robustness": "What noise on the latents does to the LGM and to decode-then-geometry",

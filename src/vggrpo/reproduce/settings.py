@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from vggrpo.config import EMBEDDED, TrainConfig, load_config
+from vggrpo.config_algorithms import least_micro_batch
 from vggrpo.errors import UserError
 from vggrpo.io.atomic import atomic_write_json
 from vggrpo.io.manifest import read_jsonl
@@ -19,6 +20,8 @@ _QUICK = (
     "updates=1", "data.num_prompts=2", "sampling.num_steps=3", "sampling.window=1", "sampling.window_last=null",
     "grpo.prompts_per_update=1", "grpo.samples_per_prompt=2", "grpo.base_travel_samples=1",
 )  # fmt: skip
+_BATCH = 8  # videos at once
+_FREE = {"judge", "metrics", "batch"}  # may change in an output: how it is measured, and how fast it is made
 _ENDLESS = 1_000_000  # updates of a training that its seconds end
 
 
@@ -40,6 +43,11 @@ class Settings:
         device: of everything.
         overrides: config fields of all trainings, such as `lgm.path=DIR`.
         sets: prompt sets; empty: those of the table.
+        judge: directory or hub id of the geometry network that judges; None: the embedded one, of embedded videos only.
+        metrics: "fast", "all", or names joined by commas.
+        fps: frames per second of the videos, and of the clips of DPO pairs; None: `dpo.fps` of the recipe.
+        batch: videos at once when they are generated; None: 8, or the recipe's `sampling.micro_batch` where that is
+            less.
         quick: the smallest sizes: shows that the recipe runs, and nothing else.
     """
 
@@ -56,11 +64,23 @@ class Settings:
     device: str = "auto"
     overrides: tuple[str, ...] = ()
     sets: tuple[str, ...] = ()
+    judge: str | None = None
+    metrics: str = "fast"
+    fps: float | None = None
+    batch: int | None = None
     quick: bool = False
 
     def smallest(self) -> Settings:
         """The quick version."""
         return replace(self, seeds=1, prompts=2, videos=1, steps=3, far=2, marks=2, quick=True)
+
+    def frame_rate(self, recipe: TrainConfig) -> float:
+        """Frames per second of the videos."""
+        return recipe.dpo.fps if self.fps is None else self.fps
+
+    def at_once(self, recipe: TrainConfig) -> int:
+        """Videos that are generated together."""
+        return self.batch or min(_BATCH, least_micro_batch(recipe.sampling.micro_batch))
 
     def recipe(self) -> TrainConfig:
         """The training recipe with the fields that all arms share."""
@@ -98,7 +118,7 @@ def arm_config(
     prompts = config.data.num_prompts if embedded else len(read_prompts(config.data.prompts))
     overrides += equal_budget(config, prompts, arm.group, clips)
     if config.algorithm == "dpo":  # pairs are made of clips as people get them: without guidance few have matches
-        overrides += [f"sampling.guidance_scale={settings.guidance_scale}"]
+        overrides += [f"sampling.guidance_scale={settings.guidance_scale}", f"dpo.fps={settings.frame_rate(config)}"]
     if seconds is not None:
         overrides += [f"updates={_ENDLESS}", f"stop.seconds_above={seconds}"]
     if updates is not None:
@@ -146,7 +166,7 @@ def check_settings(path: Path, settings: Settings, digests: Mapping[str, str] | 
         before = json.loads(path.read_text(encoding="utf-8"))
         more_seeds = values["seeds"] > before.get("seeds", values["seeds"])
         for key, value in values.items():
-            if key in before and before[key] != value and not (key == "seeds" and more_seeds):
+            if key in before and key not in _FREE and before[key] != value and not (key == "seeds" and more_seeds):
                 raise UserError(
                     f"{path.parent} holds a reproduction with {key} {before[key]!r}, not {value!r}; "
                     "name another --output"
