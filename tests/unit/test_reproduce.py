@@ -13,6 +13,9 @@ from vggrpo.config_algorithms import StopConfig
 from vggrpo.errors import UserError
 from vggrpo.evaluation.benchmarks import load_prompt_sets
 from vggrpo.reproduce import STUDIES, TABLES, Settings, reproduce
+from vggrpo.reproduce import digests as digests_module
+from vggrpo.reproduce.digests import digests, weights_digest
+from vggrpo.reproduce.recipes import FAR
 from vggrpo.reproduce.results import write_results
 from vggrpo.reproduce.settings import arm_config, check_settings
 
@@ -49,6 +52,22 @@ def test_every_arm_is_a_valid_config_of_the_same_budget(name, config, tmp_path):
     quick = arm_config(arm, Settings(config=config).smallest(), tmp_path, 0)
     assert quick.updates == 1 and quick.sampling.num_steps == 3 and quick.grpo.samples_per_prompt <= 4
     assert config != "tiny" or videos_of(quick) <= 4
+
+
+@pytest.mark.parametrize("arm", [ARMS["no-hinge"], FAR[1]])
+def test_an_arm_without_the_hinge_keeps_the_other_rewards_as_they_are(arm, tmp_path):
+    ours = arm_config(ARMS["vggrpo"], Settings(), tmp_path, 0)
+    found = arm_config(arm, Settings(), tmp_path, 0)
+    assert found.rewards == {name: term for name, term in ours.rewards.items() if name != "camera_motion_hinge"}
+    assert len(found.rewards) == len(ours.rewards) - 1 and any(term.options for term in found.rewards.values())
+    edited = Settings(overrides=("rewards.camera_motion_smoothness.options.eps_rotation=0.07",))
+    assert arm_config(arm, edited, tmp_path, 0).rewards["camera_motion_smoothness"].options["eps_rotation"] == 0.07
+
+
+def test_the_papers_rewards_have_no_options(tmp_path):
+    found = arm_config(ARMS["paper-rewards"], Settings(), tmp_path, 0).rewards
+    assert set(found) == {"camera_motion_smoothness", "geometry_reprojection_consistency"}
+    assert all(term.weight == 1 and not term.options for term in found.values())
 
 
 def videos_of(config):
@@ -158,3 +177,42 @@ def test_bad_requests_are_refused_before_any_work(tmp_path):
     check_settings(tmp_path / "settings.json", Settings(seeds=3))  # a seed is a run of its own
     with pytest.raises(UserError, match="seeds 3, not 2"):
         reproduce(["main"], tmp_path, Settings(seeds=2))
+
+
+def test_an_output_knows_the_content_of_what_it_names(tmp_path):
+    kept = tmp_path / "settings.json"
+    check_settings(kept, Settings())  # of a version without digests
+    (tmp_path / "runs").mkdir()
+    found = digests(Settings(), lgms=True)
+    assert list(found) == ["recipe tiny", "weights of the pipeline embedded", "weights of the LGM embedded",
+                           "geometry model behind the LGM embedded", "LGM recipe lgm-tiny"]  # fmt: skip
+    check_settings(kept, Settings(), found)
+    for name, digest in found.items():
+        with pytest.raises(UserError, match=f"another content of the {name} .{digest}, now 0{{12}}.;.*--output"):
+            check_settings(kept, Settings(), found | {name: "0" * 12})
+    check_settings(kept, Settings(), digests(Settings()))  # a call that trains no LGM
+    assert json.loads(kept.read_text())["digests"] == found
+    edited = Settings(overrides=("grpo.kl=0.01",))
+    assert digests(edited)["recipe tiny"] != found["recipe tiny"]
+    assert digests(Settings(overrides=("updates=41",)))["recipe tiny"] != found["recipe tiny"]
+    assert digests(Settings(overrides=("sampling.micro_batch=4",)))["recipe tiny"] == found["recipe tiny"]
+
+
+def test_a_digest_of_weights_sees_bytes_of_small_models_and_sizes_of_large_ones(tmp_path, monkeypatch):
+    assert weights_digest(tmp_path / "none") is None
+    (tmp_path / "vae").mkdir()
+    weights, config = tmp_path / "vae" / "model.safetensors", tmp_path / "vae" / "config.json"
+    weights.write_bytes(b"one")
+    first = weights_digest(tmp_path)
+    (tmp_path / "audit.json").write_text("{}")  # comes and goes beside the same model
+    assert weights_digest(tmp_path) == first
+    weights.write_bytes(b"two")
+    second = weights_digest(tmp_path)
+    config.write_text('{"latents_mean": [0]}')
+    assert len({first, second, weights_digest(tmp_path)}) == 3
+    monkeypatch.setattr(digests_module, "LARGE", 2)
+    large = weights_digest(tmp_path)
+    weights.write_bytes(b"six")
+    assert weights_digest(tmp_path) == large
+    weights.write_bytes(b"four")
+    assert weights_digest(tmp_path) != large

@@ -10,14 +10,16 @@ import torch
 from safetensors.torch import save_file
 
 from vggrpo.cli import main
+from vggrpo.config import load_config
 from vggrpo.errors import UserError
 from vggrpo.reproduce import TABLES, Settings, cells, lgms
 from vggrpo.reproduce import plan as plan_module
-from vggrpo.reproduce.cells import arm_named, same_latents, seeds_check, trained
+from vggrpo.reproduce.cells import same_latents, seeds_check, trained
 from vggrpo.reproduce.lgms import audited_lgm, lgm_config
 from vggrpo.reproduce.plan import Costs, budget, plan_lines
-from vggrpo.reproduce.recipes import equal_budget
+from vggrpo.reproduce.recipes import arm_named, equal_budget
 from vggrpo.reproduce.settings import arm_config, seconds_of
+from vggrpo.rewards.registry import audited_options
 
 OWN_LGM = [arm for arm in TABLES["lgm"].arms if arm.lgm is not None]
 
@@ -63,25 +65,43 @@ def test_an_lgm_is_trained_once_and_audited_where_there_is_a_judge(tmp_path, mon
     assert lgms.about_lgm(OWN_LGM[0], tmp_path) == {"card": {"updates": 1}, "audit": {"ratio": 0.5}}
 
 
-def test_rivals_of_equal_seconds_train_as_long_as_vggrpo(tmp_path, monkeypatch):
-    configs = []
+SECONDS = {"vggrpo": 6.0, "sft": 4.0, "dpo-epipolar": 24.0, "dpo-geometry": 2400.0}
+
+
+@pytest.mark.parametrize("name", ["sft", "dpo-epipolar", "dpo-geometry", "nft", "direct"])
+def test_rivals_of_equal_seconds_train_as_long_as_vggrpo(tmp_path, monkeypatch, name):
+    configs = {}
 
     def fake_train(config, progress):
-        configs.append(config)
+        run = Path(config.output).name.removesuffix("-s2")
+        configs[run] = config
         log = Path(config.output) / "log.jsonl"
         log.parent.mkdir(parents=True, exist_ok=True)
-        log.write_text("".join(json.dumps({"update": i, "seconds/total": 1.5}) + "\n" for i in range(4)))
+        each = SECONDS.get(run, 1.0) / 4
+        log.write_text("".join(json.dumps({"update": i, "seconds/total": each}) + "\n" for i in range(4)))
         return Path(config.output) / "lora"
 
     monkeypatch.setattr(cells, "train", fake_train)
     said = []
-    trained(arm_named("sft-seconds"), 2, tmp_path, Settings(), said.append)
-    first, second = configs
-    assert first.algorithm == "grpo" and first.output.endswith("vggrpo-s2") and first.stop.seconds_above is None
-    assert second.algorithm == "sft" and second.stop.seconds_above == 6.0 and second.updates > 10_000
-    same = arm_config(arm_named("sft"), Settings(), tmp_path, 2)
-    assert second.sft == same.sft and seconds_of([{"seconds/total": 0.25}] * 3) == 0.8
-    assert said == ["train vggrpo, seed 2", "train sft-seconds, seed 2"]
+    trained(arm_named(f"{name}-seconds"), 2, tmp_path, Settings(), said.append)
+    same, found = arm_config(arm_named(name), Settings(), tmp_path, 2), configs[f"{name}-seconds"]
+    assert configs["vggrpo"].algorithm == "grpo" and configs["vggrpo"].stop.seconds_above is None
+    if name in ("nft", "direct"):
+        assert said == ["train vggrpo, seed 2", f"train {name}-seconds, seed 2"]
+        assert found.stop.seconds_above == 6.0 and found.updates > 10_000
+        return
+    assert said == ["train vggrpo, seed 2", f"train {name}, seed 2", f"train {name}-seconds, seed 2"]
+    assert configs[name] == same and found.stop.seconds_above is None  # the time must not end its one pass
+    section, before = getattr(found, found.algorithm), getattr(same, same.algorithm)
+    assert before.candidates == 27  # 1,280 videos, 48 prompts
+    assert section.candidates == {"sft": 40, "dpo-epipolar": 6, "dpo-geometry": 2}[name]
+    clips = {"sft": 48 * 10, "dpo-epipolar": 2 * 48, "dpo-geometry": 2 * 48}[name]  # the best quarter; and the worst
+    batch = {"sft": 16, "dpo": 16}[found.algorithm]
+    assert found.updates == clips // batch  # one pass over them
+
+
+def test_seconds_are_those_of_all_updates():
+    assert seconds_of([{"seconds/total": 0.25}] * 3) == 0.8
     for arm in TABLES["main-seconds"].arms:
         assert arm.name == "vggrpo" or arm.seconds_of == "vggrpo"
 
@@ -103,6 +123,24 @@ def test_equal_latents_are_equal_bit_for_bit(tmp_path):
     assert arm_named("guided-0").guidance == 0.0  # off, and asked for
 
 
+@pytest.mark.parametrize("name", ["guided-100", "best-of-4"])
+def test_steering_reads_the_rewards_as_the_recipe_has_them(monkeypatch, name):
+    made = {}
+
+    def fake_reward(lgm, weights, options=None):
+        made["options"] = options
+
+    monkeypatch.setattr(cells, "load_lgm", lambda path, device: None)
+    monkeypatch.setattr(cells, "WeightedLatentReward", fake_reward)
+    steering = cells._steering(arm_named(name), Settings().recipe(), Settings(device="cpu"))
+    expected = audited_options(Settings().recipe().rewards)
+    assert made["options"] == expected and expected["geometry_reprojection_consistency"]["movers"] == "subject"
+    (settings,) = filter(None, steering.settings().values())
+    assert settings["reward"] == "motion + geometry" and settings["options"] == expected
+    plain = cells._steering(arm_named(name), load_config({}), Settings(device="cpu"))
+    assert all("options" not in (value or {}) for value in plain.settings().values())  # as outputs without any say it
+
+
 COSTS = Costs(video=1.0, gradient=0.5, start=10.0, sampled=2.0, lgm_clip=3.0, lgm_update=4.0, cores=0.5)
 
 
@@ -117,6 +155,8 @@ def test_a_plan_names_each_cell_once_and_knows_what_is_done(tmp_path):
     videos, gradients = budget(config)
     assert videos == 3 * 4 * 8 and gradients == videos * config.sampling.window
     assert by_name["train", "vggrpo, seed 0"].seconds == 10 + videos + gradients / 2
+    alone = plan_module.cells(["main-seconds"], tmp_path, settings, ["sft-seconds"], COSTS)  # its clips follow from sft
+    assert [c.name for c in alone if c.kind == "train"][::2] == ["sft-seconds, seed 0", "vggrpo, seed 0", "sft, seed 0"]
     assert by_name["train", "sft-seconds, seed 1"].seconds == by_name["train", "vggrpo, seed 1"].seconds
     assert by_name["videos", "world-static/base-s0"].seconds == 4 * 2 * 2.0
     assert by_name["LGM", "lgm-every-frame"].seconds > 2 * by_name["LGM", "lgm-recipe"].seconds

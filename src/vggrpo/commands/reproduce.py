@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from vggrpo.commands.arguments import GO_ON, Subparsers, add_device, at_least, guidance_scale
+from vggrpo.commands.arguments import GO_ON, Subparsers, add_device, at_least, frame_rate, guidance_scale
 
 NAMES = (
     "main", "main-seconds", "rewards", "geometry", "lgm", "generalisation", "guidance", "efficiency", "robustness",
@@ -46,6 +46,12 @@ def add_parser(subparsers: Subparsers) -> None:
                         "(default: %(default)s)")  # fmt: skip
     parser.add_argument("--arms", nargs="+", default=[], metavar="ARM", help="only these arms")
     parser.add_argument("--sets", nargs="+", default=[], metavar="SET", help="prompt sets (default: the table's)")
+    parser.add_argument("--judge", metavar="DIR", help="directory or hub id of the geometry network that judges "
+                        "(default: the embedded one, of videos of the embedded world only)")  # fmt: skip
+    parser.add_argument("--metrics", default="fast", help="fast, all, or names joined by commas (default: %(default)s)")
+    parser.add_argument("--fps", type=frame_rate, help="frames a second of the videos (default: dpo.fps of the recipe)")
+    parser.add_argument("--batch", type=at_least(1), help="videos at once (default: 8, or sampling.micro_batch of the "
+                        "recipe where that is less)")  # fmt: skip
     add_device(parser)
     parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="config fields of all trainings")
     parser.set_defaults(run=run, resume=GO_ON)
@@ -69,13 +75,20 @@ def run(arguments: argparse.Namespace) -> None:
         device=arguments.device,
         overrides=tuple(arguments.set),
         sets=tuple(arguments.sets),
+        judge=arguments.judge,
+        metrics=arguments.metrics,
+        fps=arguments.fps,
+        batch=arguments.batch,
     )
     names = NAMES if arguments.table == "all" else (arguments.table,)
     settings = settings.smallest() if arguments.quick else settings
     if arguments.plan:
         from vggrpo.reproduce.plan import plan, plan_lines
+        from vggrpo.reproduce.run import notes
 
         print("\n".join(plan_lines(*plan(names, arguments.output, settings, arguments.arms))))
+        for line in notes(names, arguments.arms, settings):
+            print(line)
         return
     written = reproduce(names, arguments.output, settings, arms=arguments.arms)
     print("results in " + ", ".join(str(path) for path in written))

@@ -21,9 +21,10 @@ from vggrpo.io.manifest import read_jsonl, write_jsonl
 from vggrpo.models.loading import pick_device
 from vggrpo.posttraining import train
 from vggrpo.posttraining.trainer import load_lgm
+from vggrpo.reproduce.judging import chosen_metrics, is_embedded, judges
 from vggrpo.reproduce.lgms import audited_lgm
-from vggrpo.reproduce.recipes import TABLES, Arm
-from vggrpo.reproduce.settings import Settings, arm_config, run_logs, seconds_of
+from vggrpo.reproduce.recipes import Arm, arm_named
+from vggrpo.reproduce.settings import Settings, arm_config, run_logs, seconds_of, seconds_of_run
 from vggrpo.rewards.latent import WeightedLatentReward
 from vggrpo.rewards.registry import audited_options
 from vggrpo.sampling.generate import generate_videos
@@ -42,11 +43,6 @@ def training_seeds(arm: Arm, settings: Settings) -> int:
     return settings.seeds if arm.train is not None or arm.lora_of else 1
 
 
-def arm_named(name: str) -> Arm:
-    """The arm of that name in any table."""
-    return next(arm for table in TABLES.values() for arm in table.arms if arm.name == name)
-
-
 def trained(arm: Arm, seed: int, folder: Path, settings: Settings, say: Say) -> Path | None:
     """The LoRA of an arm, trained if it is not there yet; None for an arm that samples with the base model."""
     if arm.lora_of:
@@ -56,12 +52,24 @@ def trained(arm: Arm, seed: int, folder: Path, settings: Settings, say: Say) -> 
     if arm.lgm is not None:
         say(f"LGM of {arm.name}")
         audited_lgm(arm, settings, folder)
-    seconds = None
-    if arm.seconds_of:
-        trained(arm_named(arm.seconds_of), seed, folder, settings, say)
-        seconds = seconds_of(read_jsonl(folder / "runs" / f"{arm.seconds_of}-s{seed}" / "log.jsonl"))
+    for other in filter(None, (arm.seconds_of, arm.clips_of)):
+        trained(arm_named(other), seed, folder, settings, say)
+    seconds, clips = seconds_budget(arm, seed, folder)
+    config = arm_config(arm, settings, folder, seed, seconds=seconds, clips=clips)
     say(f"train {arm.name}, seed {seed}")
-    return train(arm_config(arm, settings, folder, seed, seconds=seconds), progress=not settings.quick)
+    return train(config, progress=not settings.quick)
+
+
+def seconds_budget(arm: Arm, seed: int, folder: Path) -> tuple[float | None, float]:
+    """Seconds after which an arm ends (None: it is not timed), and the factor on the clips that it makes beforehand.
+
+    To end updates when the time is over would be unfair to an arm that makes its clips beforehand: nearly all of its
+    time is theirs, so it ends after one step, or passes over them again and again. It gets as many clips as fit.
+    """
+    if not arm.seconds_of:
+        return None, 1.0
+    seconds = seconds_of_run(arm.seconds_of, folder, seed)
+    return (None, seconds / seconds_of_run(arm.clips_of, folder, seed)) if arm.clips_of else (seconds, 1.0)
 
 
 def measured(arm: Arm, seed: int, prompt_set: str, folder: Path, settings: Settings, say: Say) -> list[Row]:
@@ -90,12 +98,15 @@ def measured_with(
         guidance_scale=settings.guidance_scale,
         num_frames=config.data.num_frames,
         size=(config.data.height, config.data.width),
+        fps=settings.frame_rate(config),
+        micro_batch=settings.at_once(config),
         device=settings.device,
         dtype=config.model.dtype,
         save_latents=True,
         steering=_steering(arm, config, settings),
     )
-    rows = read_jsonl(evaluate_manifest(manifest, run_dir / "eval" / name, "fast"))
+    found = evaluate_manifest(manifest, run_dir / "eval" / name, chosen_metrics(settings), models=judges(settings))
+    rows = read_jsonl(found)
     if all(REWARDS.keys() <= row["metrics"].keys() for row in rows):
         return rows
     options = audited_options(config.rewards)
@@ -103,12 +114,14 @@ def measured_with(
 
 
 def _steering(arm: Arm, config: TrainConfig, settings: Settings) -> Steering | None:
+    """What steers an arm's sampling: the two rewards with the recipe's options, through the recipe's LGM."""
     if arm.guidance is None and arm.candidates == 1:
         return None
-    reward = WeightedLatentReward(load_lgm(config.lgm.path, pick_device(settings.device)), GUIDING)
+    options = audited_options(config.rewards)  # steer by what is trained and reported
+    reward = WeightedLatentReward(load_lgm(config.lgm.path, pick_device(settings.device)), GUIDING, options)
     every = max(1, settings.steps * 2 // 5)  # the paper's share: steps 20 and 40 of 50
     guidance = RewardGuidance(reward, arm.guidance or 0.0, every=every, detach_velocity=arm.detach)
-    return Steering(reward, "motion + geometry", guidance, arm.candidates)
+    return Steering(reward, "motion + geometry", guidance, arm.candidates, options)
 
 
 def pooled(runs: Sequence[Sequence[Row]]) -> list[Row]:
@@ -145,7 +158,9 @@ def compared(
     """A row of a table: differences from the base model over the prompts of `sets`, and whether they count."""
     comparison = paired(base, runs)
     manifests = [joined_manifest(sets, name, folder) for name in ("base-s0", f"{arm.name}-s0")]
-    kernel = compare_quality(manifests[0], manifests[1], reference=8 if settings.quick else 96)
+    kernel = None
+    if is_embedded(settings):  # its features are those of the embedded classifier
+        kernel = compare_quality(manifests[0], manifests[1], reference=8 if settings.quick else 96)
     judged = verdict(comparison, kernel)
     if arm.train is not None or arm.lora_of:
         judged.checks["training seeds"] = seeds_check(len(runs))

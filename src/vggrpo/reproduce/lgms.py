@@ -11,10 +11,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from vggrpo import assets
 from vggrpo.config import EMBEDDED
 from vggrpo.config_lgm import TrainLGMConfig, load_lgm_config
 from vggrpo.errors import UserError
 from vggrpo.evaluation.audit import audit_reward
+from vggrpo.lgm.model import geometry_source
+from vggrpo.models.pretrained import read_config
 from vggrpo.pretraining.distill import train_lgm
 from vggrpo.reproduce.recipes import Arm
 from vggrpo.reproduce.settings import Settings, lgm_folder
@@ -71,6 +74,18 @@ def audited_lgm(arm: Arm, settings: Settings, folder: Path) -> Path:
             options=audited_options(recipe.rewards),
         )
     return directory
+
+
+def geometry_behind(lgm: str) -> Path | None:
+    """Directory of the geometry model that an LGM was made from; None where it is not on this disk, or no LGM is there
+    (yet)."""
+    directory = assets.path("lgm") if lgm == EMBEDDED else Path(lgm)
+    try:
+        source = geometry_source(directory, read_config(directory)["geometry"])
+    except (OSError, ValueError, KeyError):
+        return None
+    local = assets.path("geometry") if source == EMBEDDED else Path(source)
+    return local if local.is_dir() else None
 
 
 def about_lgm(arm: Arm, folder: Path) -> dict[str, Any]:

@@ -21,11 +21,12 @@ from vggrpo.evaluation.benchmarks import load_prompt_sets
 from vggrpo.io.manifest import read_jsonl
 from vggrpo.posttraining import train
 from vggrpo.pretraining.distill import train_lgm
-from vggrpo.reproduce.cells import BASE, arm_named, measured_with, training_seeds
+from vggrpo.reproduce.arms import chosen_arms
+from vggrpo.reproduce.cells import BASE, measured_with, training_seeds
 from vggrpo.reproduce.hacking import SETS, mark_updates
 from vggrpo.reproduce.lgms import lgm_config
-from vggrpo.reproduce.recipes import FAR, STITCHED, STUDIES, TABLES, VGGRPO, Arm
-from vggrpo.reproduce.run import checked_names, chosen_arms
+from vggrpo.reproduce.recipes import FAR, STITCHED, STUDIES, TABLES, VGGRPO, Arm, arm_named
+from vggrpo.reproduce.run import checked_names
 from vggrpo.reproduce.settings import Settings, arm_config, lgm_folder
 
 _GRADIENT = 3  # network passes that a pass with its gradient costs, roughly
@@ -72,7 +73,7 @@ def plan(names: Sequence[str], output: Path, settings: Settings, arms: Sequence[
     Raises:
         UserError: as `reproduce`.
     """
-    chosen = [arm for name in checked_names(names, arms) for arm in chosen_arms(name, arms)]
+    chosen = [arm for name in checked_names(names, arms) for arm in chosen_arms(name, arms, settings)]
     with_lgm = [*chosen, *(STITCHED if "stitch" in names else ())]
     needs_lgm = next((arm for arm in with_lgm if arm.lgm is not None), None)
     with tempfile.TemporaryDirectory() as folder:
@@ -101,7 +102,7 @@ def cells(names: Sequence[str], output: Path, settings: Settings, arms: Sequence
         else:
             sets = settings.sets or TABLES[name].sets
             add(*[_videos(BASE, "base-s0", each, output, settings, costs) for each in sets])
-            for arm in chosen_arms(name, arms):
+            for arm in chosen_arms(name, arms, settings):
                 add(*_arm_cells(arm, sets, output, settings, costs))
     return list(found.values())
 
@@ -109,7 +110,7 @@ def cells(names: Sequence[str], output: Path, settings: Settings, arms: Sequence
 def _arm_cells(arm: Arm, sets: Sequence[str], output: Path, settings: Settings, costs: Costs) -> list[Cell]:
     out = []
     owner = arm_named(arm.lora_of) if arm.lora_of else arm
-    for each in [owner, *([arm_named(owner.seconds_of)] if owner.seconds_of else [])]:
+    for each in [owner, *map(arm_named, filter(None, (owner.seconds_of, owner.clips_of)))]:
         if each.lgm is not None:
             out.append(_lgm(each, output, settings, costs))
         if each.train is not None:

@@ -6,12 +6,15 @@ are one run, so tables share what they have in common.
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from vggrpo.config import TrainConfig
 
 _MOTION, _GEOMETRY = "camera_motion_smoothness", "geometry_reprojection_consistency"
+_HINGE = "camera_motion_hinge"
 
 
 @dataclass(frozen=True)
@@ -22,9 +25,12 @@ class Arm:
         name: also of its run.
         about: one sentence.
         train: config overrides of its training; None: the base model.
+        without: rewards of the recipe that it drops; the others keep their weights and options.
         lgm: overrides of the LGM recipe: rewards are read through an LGM that is trained with them; None: the shipped
             (or configured) one.
         seconds_of: the arm that it trains as long as, by its seconds; "": for as many videos as the GRPO recipe.
+        clips_of: of an arm with `seconds_of` that makes its clips beforehand, the same arm at equal videos: its seconds
+            say how many clips fit. "": its updates go on until the seconds are over.
         lora_of: the arm whose LoRA it samples with; "": its own (or none, if it is not trained).
         guidance: scale of latent reward guidance; None: none. 0 must change nothing, and that is checked.
         detach: guidance without the video model's gradient.
@@ -35,8 +41,10 @@ class Arm:
     name: str
     about: str
     train: tuple[str, ...] | None = None
+    without: tuple[str, ...] = ()
     lgm: tuple[str, ...] | None = None
     seconds_of: str = ""
+    clips_of: str = ""
     lora_of: str = ""
     guidance: float | None = None
     detach: bool = False
@@ -63,10 +71,10 @@ RIVALS = (
     Arm("nft", "forward-process RL on the same rewards", ("algorithm=nft",)),
     Arm("direct", "backpropagation of the same rewards", ("algorithm=direct",)),
 )
-BARE = ("grpo.kl=1e-9", f"rewards={{{_MOTION}: 1.0, {_GEOMETRY}: 1.0}}")  # the KL is measured and does not act
 FAR = (
     Arm("far", "the recipe, trained far past its end", ()),
-    Arm("far-bare", "the same without KL and hinge", BARE),
+    # A KL of weight 0 would not be measured; this one is, and does not act.
+    Arm("far-bare", "the same without KL and hinge", ("grpo.kl=1e-9",), without=(_HINGE,)),
 )
 """Arms of the study of reward hacking."""
 LGM_RECIPE = Arm("lgm-recipe", "an LGM by the short recipe: rendered and generated clips, a view per latent frame",
@@ -81,7 +89,14 @@ STITCHED = (
 
 
 def _as_long(arm: Arm) -> Arm:
-    return replace(arm, name=f"{arm.name}-seconds", about=f"{arm.about}, as long as VGGRPO", seconds_of=VGGRPO.name)
+    beforehand = not {"algorithm=sft", "algorithm=dpo"}.isdisjoint(arm.train or ())
+    return replace(
+        arm,
+        name=f"{arm.name}-seconds",
+        about=f"{arm.about}, as long as VGGRPO",
+        seconds_of=VGGRPO.name,
+        clips_of=arm.name if beforehand else "",
+    )
 
 
 TABLES: dict[str, Table] = {
@@ -104,7 +119,9 @@ TABLES: dict[str, Table] = {
             VGGRPO,
             Arm("summed", "one normalisation of the summed rewards", ("grpo.mode=sum",)),
             Arm("no-kl", "no KL to the base model", ("grpo.kl=0",)),
-            Arm("no-hinge", "no hinge on the camera's travel", (f"rewards={{{_MOTION}: 1.0, {_GEOMETRY}: 1.0}}",)),
+            Arm("no-hinge", "no hinge on the camera's travel", (), without=(_HINGE,)),
+            Arm("paper-rewards", "the paper's two rewards with their default options, no hinge",
+                (f"rewards={{{_MOTION}: 1.0, {_GEOMETRY}: 1.0}}",)),
             Arm("half-groups", "K halved, as many videos in all", (), group=0.5),
             Arm("double-groups", "K doubled, as many videos in all", (), group=2.0),
             Arm("adherence", "and the camera goes where the prompt sends it", ("rewards.camera_adherence=0.5",)),
@@ -155,6 +172,13 @@ TABLES: dict[str, Table] = {
         ),
     ),
 }  # fmt: skip
+
+
+def arm_named(name: str) -> Arm:
+    """The arm of that name in any table."""
+    return next(arm for table in TABLES.values() for arm in table.arms if arm.name == name)
+
+
 STUDIES = {
     "efficiency": "Cost of a reward: through latents and through RGB frames",
     "robustness": "What noise on the latents does to the LGM and to decode-then-geometry",
@@ -164,7 +188,13 @@ STUDIES = {
 """Recipes that are no comparison of arms. The first two train nothing: `vggrpo analyze-lgm` answers them."""
 
 
-def equal_budget(config: TrainConfig, prompts: int, group: float = 1.0) -> list[str]:
+def kept_rewards(config: TrainConfig, without: Sequence[str]) -> list[str]:
+    """Overrides that drop rewards of a recipe; none where it has none of them."""
+    kept = {name: term.model_dump(mode="json") for name, term in config.rewards.items() if name not in without}
+    return [f"rewards={json.dumps(kept)}"] if len(kept) < len(config.rewards) else []
+
+
+def equal_budget(config: TrainConfig, prompts: int, group: float = 1.0, clips: float = 1.0) -> list[str]:
     """Overrides that give an arm the videos of the GRPO recipe, and its gradient samples (videos x trained steps).
 
     Two exceptions have fewer gradient samples. SFT and DPO see their clips once: on the embedded world more passes made
@@ -174,11 +204,14 @@ def equal_budget(config: TrainConfig, prompts: int, group: float = 1.0) -> list[
         config: of the arm, with the GRPO section of the recipe.
         prompts: training prompts; the offline rivals share the videos out among them.
         group: factor on K.
+        clips: factor on the clips of the offline rivals, and so on their one pass; rounded down, at least two a prompt,
+            the fewest that leave a choice.
     """
     grpo, window = config.grpo, config.sampling.window
     per_update = grpo.prompts_per_update * grpo.samples_per_prompt
-    videos, samples = config.updates * per_update, config.updates * per_update * window
-    candidates = max(2, round(videos / prompts))
+    videos = config.updates * per_update
+    samples = max(1.0, clips) * videos * window
+    candidates = max(2, math.floor(clips * max(2, round(videos / prompts))))
     size = max(2, round(grpo.samples_per_prompt * group))
     groups = max(1, round(grpo.prompts_per_update / group))
 

@@ -19,8 +19,11 @@ from vggrpo.evaluation import compare, summarise_comparison
 from vggrpo.evaluation.benchmarks import load_prompt_sets
 from vggrpo.io.atomic import ensure_directory
 from vggrpo.models.loading import pick_device
+from vggrpo.reproduce.arms import chosen_arms, objections
 from vggrpo.reproduce.cells import BASE, Row, Say, compared, measured, pooled, spent, training_seeds
+from vggrpo.reproduce.digests import digests
 from vggrpo.reproduce.hacking import study_hacking
+from vggrpo.reproduce.judging import check_judges, left_out
 from vggrpo.reproduce.lgms import about_lgm, lgm_config
 from vggrpo.reproduce.recipes import STITCHED, STUDIES, TABLES, VGGRPO, Arm, Table
 from vggrpo.reproduce.results import machine, write_results
@@ -49,18 +52,25 @@ def reproduce(
         The Markdown files.
 
     Raises:
-        UserError: for unknown names, or a directory that holds a reproduction with other settings.
+        UserError: for unknown names, or a directory that holds a reproduction with other settings, or with another
+            content of the recipe or the weights; for an arm of `arms` that makes no sense with the recipe, and for a
+            judge that is missing.
     """
     settings = settings or Settings()
-    chosen = {name: chosen_arms(name, arms) for name in checked_names(names, arms)}
     settings.recipe()  # fail before any work, here and below
+    chosen = {name: chosen_arms(name, arms, settings) for name in checked_names(names, arms)}
     load_prompt_sets(settings.sets)
     pick_device(settings.device)
+    check_judges(settings)
     with_lgm = [arm for table in chosen.values() for arm in table if arm.lgm is not None]
-    for arm in {arm.name: arm for arm in [*with_lgm, *(STITCHED if "stitch" in names else ())]}.values():
+    own_lgm = {arm.name: arm for arm in [*with_lgm, *(STITCHED if "stitch" in names else ())]}.values()
+    for arm in own_lgm:
         lgm_config(arm, settings, Path(output))
+    made_of = digests(settings, lgms=bool(own_lgm))
     folder = ensure_directory(output)
-    check_settings(folder / "settings.json", settings)
+    check_settings(folder / "settings.json", settings, made_of)
+    for line in notes(names, arms, settings):
+        say(line)
     return [
         _study(name, folder, settings, say)
         if name in STUDIES
@@ -88,9 +98,15 @@ def checked_names(names: Sequence[str], arms: Sequence[str]) -> Sequence[str]:
     return names
 
 
-def chosen_arms(name: str, only: Sequence[str]) -> list[Arm]:
-    """The arms of a table that were asked for; a study has none."""
-    return [arm for arm in TABLES[name].arms if not only or arm.name in only] if name in TABLES else []
+def notes(names: Sequence[str], only: Sequence[str], settings: Settings) -> list[str]:
+    """A line for each arm, and one for all metrics, that this recipe leaves out."""
+    lines = [
+        f"left out of {name}: {arm}: {reason}"
+        for name in names
+        if name in TABLES and not only
+        for arm, reason in objections(name, settings).items()
+    ]
+    return [*lines, *filter(None, [left_out(settings)])]
 
 
 def _table(name: str, table: Table, folder: Path, settings: Settings, chosen: Sequence[Arm], say: Say) -> Path:

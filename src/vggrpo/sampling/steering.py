@@ -26,7 +26,7 @@ class Steering:
         name: says in the settings which reward it is.
         guidance: None = no guidance.
         candidates: keep the best of so many; 1 = no choice.
-        options: the reward's own, by name, for the settings; none are its defaults.
+        options: what the reward was made with beside its defaults, by the names of its parts; for the settings too.
     """
 
     reward: LatentReward
@@ -43,12 +43,14 @@ class Steering:
 
     def settings(self) -> dict[str, Any]:
         """What decides the videos; None for what is off, so that plain sampling stays plain."""
-        judge = {"reward": self.name, **({"options": self.options} if self.options else {})}
+        by: dict[str, Any] = {"reward": self.name}
+        if self.options:
+            by["options"] = {name: dict(options) for name, options in self.options.items()}
         guided = None
         if self.guidance is not None:
             names = ("scale", "every", "max_t", "detach_velocity")
-            guided = {name: getattr(self.guidance, name) for name in names} | judge
-        chosen = None if self.candidates == 1 else {"candidates": self.candidates} | judge
+            guided = {name: getattr(self.guidance, name) for name in names} | by
+        chosen = None if self.candidates == 1 else {"candidates": self.candidates} | by
         return {"guidance": guided, "best_of": chosen}
 
     def sample(
