@@ -17,7 +17,7 @@ from vggrpo.config import TrainConfig
 from vggrpo.evaluation import Comparison, compare, compare_quality, evaluate_manifest, summarise_comparison, verdict
 from vggrpo.evaluation.benchmarks import load_prompt_sets
 from vggrpo.evaluation.latent_scores import REWARDS, score_latents
-from vggrpo.io.manifest import read_jsonl, write_jsonl
+from vggrpo.io.manifest import read_jsonl, read_manifest, write_jsonl
 from vggrpo.models.loading import pick_device
 from vggrpo.posttraining import train
 from vggrpo.posttraining.trainer import load_lgm
@@ -167,12 +167,22 @@ def seeds_check(seeds: int) -> tuple[bool, str]:
 
 
 def same_latents(first: Path, second: Path) -> bool:
-    """Whether the videos of two manifests came from the same latents, bit for bit."""
-    files = [sorted(manifest.parent.rglob("*.safetensors")) for manifest in (first, second)]
-    names = [[file.name for file in side] for side in files]
-    return names[0] == names[1] and all(
-        one.read_bytes() == other.read_bytes() for one, other in zip(*files, strict=True)
+    """Whether the videos that two manifests list came from the same latents, bit for bit.
+
+    The rows say which files, not the manifests' directories: manifests of several prompt sets lie in one directory.
+    """
+    files = [latent_files(manifest) for manifest in (first, second)]
+    return files[0].keys() == files[1].keys() and all(
+        file.read_bytes() == files[1][pair].read_bytes() for pair, file in files[0].items()
     )
+
+
+def latent_files(manifest: Path) -> dict[tuple[str, int], Path]:
+    """By (prompt, seed), the file of a video's latents."""
+    return {
+        (row.prompt, row.seed): (manifest.parent / row.path).with_suffix(".safetensors")
+        for row in read_manifest(manifest)
+    }
 
 
 def spent(arm: Arm, folder: Path, settings: Settings) -> dict[str, Any]:
