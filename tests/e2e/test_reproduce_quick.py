@@ -25,6 +25,9 @@ def test_a_quick_table_resumes_and_states_what_it_is(tmp_path):
     assert all({"motion_reward", "judge_reprojection"} <= set(row["metrics"]) for row in rows.values())
     assert rows["best-of-4"]["metrics"]["motion_reward"]["n"] == 2
     assert result["arms"]["best-of-4"]["sampling"]["network_passes_per_video"] == 24
+    owned = result["owners"]["vggrpo-guided-100"]
+    assert owned["owner"] == "vggrpo" and owned["metrics"]["motion_reward"]["n"] == 2
+    assert len(owned["metrics"]["kernel_distance"]["by_training_seed"]) == 1
     assert result["settings"]["quick"] and result["machine"]["torch"]
     assert "quick run" in (tmp_path / "guidance.md").read_text() and (tmp_path / "guidance.png").is_file()
     videos = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.mp4")}
@@ -67,7 +70,7 @@ def test_the_study_of_stitching_at_its_smallest(tmp_path):
     assert [row["layer"] for row in rows.values()] == [0, 1, 2, 0]
     assert [row["view_rate"] for row in rows.values()] == ["latent", "latent", "latent", "frame"]
     assert all(row["accuracy"]["ratio"]["abs_rel"] > 0 and row["training"]["updates"] == 1 for row in rows.values())
-    assert "| lgm-layer-2 |" in (tmp_path / "stitch.md").read_text()
+    assert "| lgm-layer-2 |" in (tmp_path / "stitch.md").read_text() and (tmp_path / "stitch.png").is_file()
     cards = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("card.json")}
     assert main(arguments) == 0
     assert cards == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("card.json")}

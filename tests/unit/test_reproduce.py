@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import cv2
+import numpy as np
 import pytest
 
 from vggrpo import reproduce as package
@@ -12,11 +13,12 @@ from vggrpo.commands.reproduce import NAMES
 from vggrpo.config_algorithms import StopConfig
 from vggrpo.errors import UserError
 from vggrpo.evaluation.benchmarks import load_prompt_sets
-from vggrpo.reproduce import STUDIES, TABLES, Settings, reproduce
+from vggrpo.reproduce import STUDIES, TABLES, Settings, reproduce, stitching
 from vggrpo.reproduce import digests as digests_module
+from vggrpo.reproduce.curves import HEIGHT, WIDTH, bars, noise_panels
 from vggrpo.reproduce.digests import digests, weights_digest
 from vggrpo.reproduce.recipes import FAR
-from vggrpo.reproduce.results import write_results
+from vggrpo.reproduce.results import difference_cell, write_results
 from vggrpo.reproduce.settings import arm_config, check_settings
 
 ARMS = {arm.name: arm for table in TABLES.values() for arm in table.arms}
@@ -130,6 +132,37 @@ def test_results_carry_intervals_budgets_and_the_machine(tmp_path):
     assert greenish > 50 and reddish > 50
 
 
+def test_the_page_has_every_training_seed_win_rates_failures_and_matched_pairs(tmp_path):
+    result = results()
+    metrics = result["sets"]["world-static"]["rival"]["metrics"]
+    metrics["epipolar_inliers"] |= {
+        "by_training_seed": [0.2, -0.1, None], "win_rate": 0.625, "failures_base": 3, "failures_tuned": 5,
+        "motion_matched": {"diff": 0.08, "ci_low": 0.02, "ci_high": 0.14, "n": 38},
+    }  # fmt: skip
+    metrics["kernel_distance"] = entry(0.1, 0.05, higher=False) | {"by_training_seed": [0.1, 0.05, 0.02]}
+    text = write_results(tmp_path, "main", result).read_text()
+    assert "| rival | epipolar_inliers | +0.2, -0.1, - | 62% | 3 / 5 | +0.08 [+0.02, +0.14], n=38 |" in text
+    assert "| rival | judge_reprojection | - | - | - | - |" in text  # a result of an older version lacks them
+    assert "| rival | kernel_distance | +0.1, +0.05, +0.02 | - | - | - |" in text
+    assert "kernel_distance is that of the training seed whose interval reaches furthest" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "p_holm", "half", "mark"),
+    [
+        ("epipolar_inliers", 0.2, 0.05, " ▲"),  # fixed beforehand: by its interval
+        ("epipolar_inliers", 0.01, 0.2, ""),
+        ("flow_cycle", 0.01, 0.05, " ▼"),
+        ("flow_cycle", 0.2, 0.05, ""),  # one of many: the interval alone leaves out zero too easily
+        ("motion_reward", None, 0.05, ""),
+        ("kernel_distance", None, 0.05, ""),
+    ],
+)
+def test_marks_are_by_the_adjusted_p_but_for_the_headline(name, p_holm, half, mark):
+    found = entry(0.1, half, higher=name != "flow_cycle") | {"p_holm": p_holm}
+    assert difference_cell(name, found) == f"+0.1 [{0.1 - half:+.3g}, {0.1 + half:+.3g}]{mark}"
+
+
 def test_results_say_how_far_vggrpo_is_ahead(tmp_path):
     against = {"rival": {"epipolar_inliers": entry(0.2, 0.05), "judge_reprojection": entry(0.1, 0.2, higher=False)}}
     text = write_results(tmp_path, "main", results() | {"against": against}).read_text()
@@ -150,13 +183,56 @@ def test_studies_become_tables(tmp_path):
     text = write_results(tmp_path, "robustness", result).read_text()
     assert "| 0.5 | 0.2 / 0.4 |" in text and "| LGM better from | 0.5 |" in text
     assert "| latent | 1 | 0.25 | - | - | - |" in text and "Made on Test" in text
+    assert "![robustness](robustness.png)" in text
+    picture = cv2.imread(str(tmp_path / "robustness.png"))
+    assert picture.shape == (2 * HEIGHT, 2 * WIDTH, 3)  # one panel of noise, filled up; operations and seconds
+    assert colours_in(picture[:HEIGHT, :WIDTH]) and (picture[:HEIGHT, WIDTH:] == 255).all()
+    assert colours_in(picture[HEIGHT:, :WIDTH]) and colours_in(picture[HEIGHT:, WIDTH:])
+    assert {file.name for file in tmp_path.iterdir()} == {f"robustness.{kind}" for kind in ("json", "md", "png")}
+
+
+def colours_in(picture):
+    """Whether anything but grey and black is drawn."""
+    return bool((picture.max(2).astype(int) - picture.min(2) > 60).any())
+
+
+def test_noise_has_a_panel_for_each_error_and_both_ways():
+    noise = {"levels": [0.0, 0.4, 0.8], "lgm": {"rotation": [0.1, 0.2, 0.3], "flow": [0.1, None, 0.1]},
+             "decode_then_rgb": {"rotation": [0.3, 0.2, 0.1], "flow": [0.15, 0.2, 0.15]},
+             "lgm_better_from": {"rotation": None, "flow": 0.0}}  # fmt: skip
+    panels = noise_panels(noise)
+    assert len(panels) == 2
+    for drawn in panels:
+        blue, red = (
+            (drawn[..., c].astype(int) - drawn[..., 2 - c] > 80)[40 : HEIGHT - 30].any() for c in (0, 2)
+        )  # below the names
+        assert blue and red
+
+
+def test_bars_are_as_long_as_their_values():
+    drawn = bars("seconds", {"rgb": 4.0, "lgm": 1.0, "frame": None}, 2.0)
+    coloured = drawn.max(2).astype(int) - drawn.min(2) > 60
+    lengths = [int(part.sum(1).max()) for part in np.array_split(coloured[30:], 3)]
+    assert lengths[0] == pytest.approx(4 * lengths[1], abs=4) and lengths[2] == 0
+
+
+def test_the_study_of_stitching_has_a_picture(tmp_path, monkeypatch):
+    accuracy = {"lgm": {"abs_rel": 0.1}, "ratio": {"abs_rel": 1.5}}
+    row = {"about": "x", "layer": 0, "view_rate": "latent", "accuracy": accuracy,
+           "training": {"updates": 1, "clips": 2}}  # fmt: skip
+    monkeypatch.setattr(stitching, "_row", lambda *_: row)
+    common = {key: value for key, value in results().items() if key in ("title", "settings", "machine")}
+    path = stitching.study_stitching(tmp_path, Settings(), common, lambda _: None)
+    assert "![stitch](stitch.png)" in path.read_text()
+    picture = cv2.imread(str(tmp_path / "stitch.png"))
+    assert picture.shape[1] == len(stitching.ERRORS) * WIDTH and colours_in(picture[:, :WIDTH])
 
 
 def test_few_prompts_earn_no_mark(tmp_path):
     result = results()
     for value in result["sets"]["world-static"]["rival"]["metrics"].values():
         value["n"] = 3
-    assert "▲" not in write_results(tmp_path, "main", result).read_text()
+    assert "] ▲" not in write_results(tmp_path, "main", result).read_text()
 
 
 def test_bad_requests_are_refused_before_any_work(tmp_path):

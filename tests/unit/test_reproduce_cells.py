@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from vggrpo.cli import main
 from vggrpo.config import load_config
 from vggrpo.errors import UserError
+from vggrpo.io.manifest import ManifestRow, write_manifest
 from vggrpo.reproduce import TABLES, Settings, cells, lgms
 from vggrpo.reproduce import plan as plan_module
 from vggrpo.reproduce.cells import same_latents, seeds_check, trained
@@ -111,15 +112,21 @@ def test_one_training_run_is_no_claim_about_a_method():
     assert seeds_check(1)[1] == "training seeds: 1; a claim needs 3"
 
 
+def make_latents(folder: Path, values: dict[str, float]) -> Path:
+    """A manifest with the latents, all of one value, of each prompt's video."""
+    rows = [ManifestRow(f"arm/{i}.mp4", prompt, 0, 8.0, "arm") for i, prompt in enumerate(values)]
+    for row, value in zip(rows, values.values(), strict=True):
+        file = (folder / row.path).with_suffix(".safetensors")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"latents": torch.full((2,), value)}, file)
+    return write_manifest(folder / "manifest.jsonl", rows)
+
+
 def test_equal_latents_are_equal_bit_for_bit(tmp_path):
-    for name in ("a", "b", "c"):
-        folder = tmp_path / name / "arm"
-        folder.mkdir(parents=True)
-        save_file({"latents": torch.full((2,), 1.0 + 1e-7 * (name == "c"))}, folder / "0000.safetensors")
-    manifests = [tmp_path / name / "manifest.jsonl" for name in "abc"]
-    assert same_latents(manifests[0], manifests[1]) and not same_latents(manifests[0], manifests[2])
-    save_file({"latents": torch.ones(2)}, tmp_path / "b" / "arm" / "0001.safetensors")
-    assert not same_latents(manifests[0], manifests[1])
+    values = {"a": {"p": 1.0}, "b": {"p": 1.0}, "c": {"p": 1.0 + 1e-7}, "d": {"p": 1.0, "q": 1.0}}
+    made = {name: make_latents(tmp_path / name, each) for name, each in values.items()}
+    assert same_latents(made["a"], made["b"]) and not same_latents(made["a"], made["c"])
+    assert not same_latents(made["a"], made["d"])
     assert arm_named("guided-0").guidance == 0.0  # off, and asked for
 
 
@@ -139,6 +146,17 @@ def test_steering_reads_the_rewards_as_the_recipe_has_them(monkeypatch, name):
     assert settings["reward"] == "motion + geometry" and settings["options"] == expected
     plain = cells._steering(arm_named(name), load_config({}), Settings(device="cpu"))
     assert all("options" not in (value or {}) for value in plain.settings().values())  # as outputs without any say it
+
+
+def test_equal_latents_over_several_sets_are_those_of_the_rows(tmp_path):
+    for prompt_set, prompt in (("static", "p"), ("dynamic", "q")):
+        for name, value in (("base-s0", 1.0), ("same-s0", 1.0), ("other-s0", 2.0)):
+            make_latents(tmp_path / prompt_set / name, {prompt: value})
+    base, same, other = (
+        cells.joined_manifest(["static", "dynamic"], name, tmp_path) for name in ("base-s0", "same-s0", "other-s0")
+    )
+    assert base.parent == other.parent == tmp_path  # one directory: it cannot tell the arms apart
+    assert same_latents(base, same) and not same_latents(base, other)
 
 
 COSTS = Costs(video=1.0, gradient=0.5, start=10.0, sampled=2.0, lgm_clip=3.0, lgm_update=4.0, cores=0.5)

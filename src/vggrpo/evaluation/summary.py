@@ -45,14 +45,25 @@ def summarise(
     return summarise_comparison(compare(base_rows, tuned_rows, resamples=resamples, seed=seed), kernel)
 
 
-def summarise_comparison(comparison: Comparison, kernel: KernelComparison | None = None) -> dict[str, dict[str, Any]]:
-    """As `summarise`, from a comparison that was made already."""
-    out = {
+def summarise_comparison(
+    comparison: Comparison, kernel: KernelComparison | None = None, runs: Sequence[Comparison] = ()
+) -> dict[str, dict[str, Any]]:
+    """As `summarise`, from a comparison that was made already.
+
+    Args:
+        runs: one comparison a training seed, where `comparison` pools several; each headline metric then carries their
+            mean differences as `by_training_seed` (None: no valid pair).
+    """
+    out: dict[str, dict[str, Any]] = {
         metric.name: _entry(metric.base, metric.tuned, metric.difference, metric.higher_is_better, metric.independence)
         | {"unit": metric.unit, "role": metric.role, "p_holm": metric.p_holm, "win_rate": _number(metric.wins.rate),
-           "failures_base": metric.failures_base, "failures_tuned": metric.failures_tuned}
+           "failures_base": metric.failures_base, "failures_tuned": metric.failures_tuned,
+           "motion_matched": None if metric.motion_matched is None else _bounds(metric.motion_matched)}
         for metric in comparison.metrics.values()
     }  # fmt: skip
+    for name in HEADLINE if runs else ():
+        if name in out:
+            out[name]["by_training_seed"] = [_run_difference(run, name) for run in runs]
     if kernel is not None:
         out[KERNEL_DISTANCE] = kernel_entry(kernel)
     return out
@@ -66,13 +77,18 @@ def kernel_entry(kernel: KernelComparison) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def verdict(comparison: Comparison, kernel: KernelComparison | None = None) -> Verdict:
-    """The conditions under which an improvement counts, fixed before any result was seen."""
+def verdict(comparison: Comparison, kernel: KernelComparison | None = None, runs: Sequence[Comparison] = ()) -> Verdict:
+    """The conditions under which an improvement counts, fixed before any result was seen.
+
+    Args:
+        runs: one comparison a training seed, where `comparison` pools several: the headline must improve in each, and
+            videos are counted in one of them. Empty: `comparison` is of one model.
+    """
     checks: dict[str, tuple[bool | None, str]] = {}
-    enough = comparison.prompts >= FEWEST_PROMPTS and comparison.seeds >= FEWEST_SEEDS
+    seeds = min((run.seeds for run in runs), default=comparison.seeds)
     checks["sample"] = (
-        enough,
-        f"{comparison.prompts} prompts x {comparison.seeds} seeds; a claim needs {FEWEST_PROMPTS} x {FEWEST_SEEDS}",
+        comparison.prompts >= FEWEST_PROMPTS and seeds >= FEWEST_SEEDS,
+        f"{comparison.prompts} prompts x {seeds} video seeds; a claim needs {FEWEST_PROMPTS} x {FEWEST_SEEDS}",
     )
     ratio = comparison.motion_ratio
     inside = None if ratio is None else MOTION_RANGE[0] <= ratio <= MOTION_RANGE[1]
@@ -81,7 +97,7 @@ def verdict(comparison: Comparison, kernel: KernelComparison | None = None) -> V
         "not measured" if ratio is None else f"motion ratio {ratio:.2f}; allowed {MOTION_RANGE[0]}-{MOTION_RANGE[1]}",
     )
     for name in HEADLINE:
-        checks[name] = _headline(comparison, name)
+        checks[name] = _headline(comparison, name, runs)
     adherence = comparison.metrics.get("adherence")
     if adherence is None or not adherence.pairs:
         checks["adherence"] = (None, "not measured")
@@ -100,16 +116,34 @@ def verdict(comparison: Comparison, kernel: KernelComparison | None = None) -> V
     return Verdict(checks)
 
 
-def _headline(comparison: Comparison, name: str) -> tuple[bool | None, str]:
+def _headline(comparison: Comparison, name: str, runs: Sequence[Comparison]) -> tuple[bool | None, str]:
     metric = comparison.metrics.get(name)
     if metric is None or not metric.pairs:
         return None, "not measured"
     interval, matched = metric.difference, metric.motion_matched
-    better = metric.improved is True
-    sign = matched is not None and (matched.mean > 0) == metric.higher_is_better and matched.mean != 0
+    by_run = [_run_difference(run, name) for run in runs]
+    towards = 1 if metric.higher_is_better else -1
+    better = metric.improved is True and matched is not None and towards * matched.mean > 0
+    everywhere = all(difference is not None and towards * difference > 0 for difference in by_run)
     text = f"{interval.mean:+.3g} [{interval.low:+.3g}, {interval.high:+.3g}]"
     text += "; no motion-matched pair" if matched is None else f"; motion-matched {matched.mean:+.3g} (n={matched.n})"
-    return better and sign, text
+    if len(by_run) > 1:
+        text += "; by training seed " + ", ".join("unknown" if d is None else f"{d:+.3g}" for d in by_run)
+    return better and everywhere, text
+
+
+def _run_difference(run: Comparison, name: str) -> float | None:
+    """Mean difference of one training seed; None without a valid pair."""
+    return _number(run.metrics[name].difference.mean) if name in run.metrics else None
+
+
+def _bounds(difference: Interval) -> dict[str, Any]:
+    return {
+        "diff": _number(difference.mean),
+        "ci_low": _number(difference.low),
+        "ci_high": _number(difference.high),
+        "n": difference.n,
+    }
 
 
 def _entry(
@@ -118,11 +152,8 @@ def _entry(
     return {
         "base": _number(base),
         "tuned": _number(tuned),
-        "diff": _number(difference.mean),
-        "ci_low": _number(difference.low),
-        "ci_high": _number(difference.high),
+        **_bounds(difference),
         "p": _number(difference.p),
-        "n": difference.n,
         "higher_is_better": higher_is_better,
         "independent": independence == "independent",
         "independence": independence,

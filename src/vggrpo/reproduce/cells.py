@@ -10,14 +10,30 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from vggrpo.config import TrainConfig
-from vggrpo.evaluation import Comparison, compare, compare_quality, evaluate_manifest, summarise_comparison, verdict
+from vggrpo.evaluation import (
+    Comparison,
+    EvaluationModels,
+    KernelComparison,
+    compare,
+    compare_quality,
+    evaluate_manifest,
+    reference_features,
+    summarise_comparison,
+    verdict,
+)
+from vggrpo.evaluation.arms import REFERENCE_CLIPS
 from vggrpo.evaluation.benchmarks import load_prompt_sets
 from vggrpo.evaluation.latent_scores import REWARDS, score_latents
-from vggrpo.io.manifest import read_jsonl, write_jsonl
+from vggrpo.evaluation.metrics.quality import KERNEL_DISTANCE
+from vggrpo.io.manifest import read_jsonl, read_manifest, write_jsonl
 from vggrpo.models.loading import pick_device
 from vggrpo.posttraining import train
 from vggrpo.posttraining.trainer import load_lgm
@@ -31,6 +47,7 @@ from vggrpo.sampling.generate import generate_videos
 from vggrpo.sampling.guidance import RewardGuidance
 from vggrpo.sampling.steering import Steering
 
+T = TypeVar("T")
 Row = dict[str, Any]
 Say = Callable[[str], None]
 GUIDING = {"camera_motion_smoothness": 1.0, "geometry_reprojection_consistency": 1.0}
@@ -38,9 +55,14 @@ FEWEST_SEEDS = 3  # training runs that a claim about a method takes
 BASE = Arm("base", "the untouched model")
 
 
+def is_trained(arm: Arm) -> bool:
+    """Whether an arm samples with a LoRA, its own or another's."""
+    return arm.train is not None or bool(arm.lora_of)
+
+
 def training_seeds(arm: Arm, settings: Settings) -> int:
     """Training seeds of an arm; what is not trained has none, and counts once."""
-    return settings.seeds if arm.train is not None or arm.lora_of else 1
+    return settings.seeds if is_trained(arm) else 1
 
 
 def trained(arm: Arm, seed: int, folder: Path, settings: Settings, say: Say) -> Path | None:
@@ -129,9 +151,19 @@ def pooled(runs: Sequence[Sequence[Row]]) -> list[Row]:
     return [row | {"seed": 1000 * s + row["seed"]} for s, rows in enumerate(runs) for row in rows]
 
 
-def paired(base: Sequence[Row], runs: Sequence[Sequence[Row]]) -> Comparison:
-    """The runs of an arm against the base model's one."""
-    return compare(pooled([base] * len(runs)), pooled(runs))
+def partners(runs: Sequence[T], count: int) -> list[T]:
+    """One of the other side's runs for each of `count` training seeds; what is not trained has one run for all."""
+    return list(runs) * count if len(runs) == 1 else list(runs)
+
+
+def paired(before: Sequence[Sequence[Row]], after: Sequence[Sequence[Row]]) -> Comparison:
+    """The runs of an arm, one a training seed, against as many of another, or against its only one."""
+    return compare(pooled(partners(before, len(after))), pooled(after))
+
+
+def run_by_run(before: Sequence[Sequence[Row]], after: Sequence[Sequence[Row]]) -> list[Comparison]:
+    """As `paired`, each training seed by itself: pooled, an effect of one run in three looks like one of all."""
+    return [paired([one], [other]) for one, other in zip(partners(before, len(after)), after, strict=True)]
 
 
 def joined_manifest(sets: Sequence[str], name: str, folder: Path) -> Path:
@@ -147,33 +179,71 @@ def joined_manifest(sets: Sequence[str], name: str, folder: Path) -> Path:
     return write_jsonl(folder / f"{'+'.join(sets)}-{name}.jsonl", rows)
 
 
+def run_manifests(arm: Arm, runs: int, sets: Sequence[str], folder: Path) -> list[Path]:
+    """The manifest of each training seed's videos."""
+    return [joined_manifest(sets, f"{arm.name}-s{seed}", folder) for seed in range(runs)]
+
+
 def compared(
     arm: Arm,
-    base: Sequence[Row],
-    runs: Sequence[Sequence[Row]],
+    reference: Arm,
+    runs: Mapping[str, Sequence[Sequence[Row]]],
     sets: Sequence[str],
     folder: Path,
     settings: Settings,
 ) -> dict[str, Any]:
-    """A row of a table: differences from the base model over the prompts of `sets`, and whether they count."""
-    comparison = paired(base, runs)
-    manifests = [joined_manifest(sets, name, folder) for name in ("base-s0", f"{arm.name}-s0")]
-    kernel = None
+    """A row of a table: differences from the reference over the prompts of `sets`, and whether they count.
+
+    Args:
+        reference: the base model, or the arm whose LoRA this one samples with.
+        runs: rows by arm, one list a training seed.
+    """
+    before, after = runs[reference.name], runs[arm.name]
+    comparison, singles = paired(before, after), run_by_run(before, after)
+    theirs = partners(run_manifests(reference, len(before), sets, folder), len(after))
+    manifests = list(zip(theirs, run_manifests(arm, len(after), sets, folder), strict=True))
+    kernels = []
     if is_embedded(settings):  # its features are those of the embedded classifier
-        kernel = compare_quality(manifests[0], manifests[1], reference=8 if settings.quick else 96)
-    judged = verdict(comparison, kernel)
-    if arm.train is not None or arm.lora_of:
-        judged.checks["training seeds"] = seeds_check(len(runs))
+        kernels = [compare_quality(*pair, reference=reference_clips(settings)) for pair in manifests]
+    kernel = worst_kernel(kernels) if kernels else None
+    judged = verdict(comparison, kernel, singles)
+    if is_trained(arm):
+        if kernels:
+            outcome, text = judged.checks["quality"]
+            judged.checks["quality"] = (outcome, f"{text}; the worst of {len(after)} training seeds")
+        judged.checks["training seeds"] = seeds_check(len(after))
+    metrics = summarise_comparison(comparison, kernel, singles)
+    if kernels:
+        metrics[KERNEL_DISTANCE]["by_training_seed"] = [each.difference.mean for each in kernels]
     row: dict[str, Any] = {
-        "metrics": summarise_comparison(comparison, kernel),
+        "metrics": metrics,
         "motion_ratio": comparison.motion_ratio,
-        "training_seeds": len(runs),
+        "training_seeds": len(after),
         "counts": judged.counts,
         "checks": {name: {"outcome": outcome, "about": text} for name, (outcome, text) in judged.checks.items()},
     }
-    if arm.guidance is not None:
-        row["equal_to_base"] = same_latents(manifests[0], manifests[1])
+    if arm.guidance is not None and reference is BASE:
+        row["equal_to_base"] = same_latents(*manifests[0])
     return row
+
+
+def reference_clips(settings: Settings) -> NDArray[np.float32]:
+    """Features of the rendered clips that every kernel distance is taken to."""
+    data = settings.recipe().data
+    return _rendered(8 if settings.quick else REFERENCE_CLIPS, data.num_frames, (data.height, data.width))
+
+
+@cache
+def _rendered(count: int, num_frames: int, size: tuple[int, int]) -> NDArray[np.float32]:
+    """Rendering takes a while, and each training seed of each arm asks for the same clips."""
+    return reference_features(count, EvaluationModels(), num_frames=num_frames, size=size)
+
+
+def worst_kernel(kernels: Sequence[KernelComparison]) -> KernelComparison:
+    """That of the training seed whose pictures may have lost most, by how far its interval reaches over its margin: a
+    method keeps quality if each of its runs does.
+    """
+    return max(kernels, key=lambda kernel: kernel.against_base_itself.worst - kernel.against_base_itself.margin)
 
 
 def seeds_check(seeds: int) -> tuple[bool, str]:
@@ -182,12 +252,22 @@ def seeds_check(seeds: int) -> tuple[bool, str]:
 
 
 def same_latents(first: Path, second: Path) -> bool:
-    """Whether the videos of two manifests came from the same latents, bit for bit."""
-    files = [sorted(manifest.parent.rglob("*.safetensors")) for manifest in (first, second)]
-    names = [[file.name for file in side] for side in files]
-    return names[0] == names[1] and all(
-        one.read_bytes() == other.read_bytes() for one, other in zip(*files, strict=True)
+    """Whether the videos that two manifests list came from the same latents, bit for bit.
+
+    The rows say which files, not the manifests' directories: manifests of several prompt sets lie in one directory.
+    """
+    files = [latent_files(manifest) for manifest in (first, second)]
+    return files[0].keys() == files[1].keys() and all(
+        file.read_bytes() == files[1][pair].read_bytes() for pair, file in files[0].items()
     )
+
+
+def latent_files(manifest: Path) -> dict[tuple[str, int], Path]:
+    """By (prompt, seed), the file of a video's latents."""
+    return {
+        (row.prompt, row.seed): (manifest.parent / row.path).with_suffix(".safetensors")
+        for row in read_manifest(manifest)
+    }
 
 
 def spent(arm: Arm, folder: Path, settings: Settings) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Curves against updates: what the study of reward hacking found, one row of panels an arm."""
+"""Pictures of the studies, in panels: curves of reward hacking and of noise, bars of costs and of errors."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import Any
 import cv2
 import numpy as np
 
-from vggrpo.io.atomic import atomic_path
+from vggrpo.io.atomic import atomic_write
 
 WIDTH, HEIGHT, MARGIN = 300, 190, 46
 _COLOURS = ((180, 90, 30), (40, 40, 200), (60, 140, 40), (150, 60, 150))  # BGR
 _GREY, _BLACK = (170, 170, 170), (30, 30, 30)
 Points = Sequence[tuple[float, float | None]]
+_WAYS = {"lgm": "LGM", "decode_then_rgb": "decode, then RGB"}
 _FROM_LOG = (
     ("travel, moving pixels / base", {"camera_travel_ratio": "travel", "dynamic_share_ratio": "moving"},
      ("camera travel", "share of moving pixels")),
@@ -33,9 +34,49 @@ _FROM_VIDEOS = (
 def draw_hacking(path: Path, arms: Mapping[str, Any], limits: Mapping[str, float]) -> None:
     """Write the picture: dashes are thresholds, upright lines the first call of the watch."""
     rows = [np.concatenate(_panels(name, found, limits), axis=1) for name, found in arms.items()]
-    picture = np.concatenate(rows, axis=0)
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(cv2.imencode(".png", picture)[1].tobytes())
+    write_picture(path, np.concatenate(rows, axis=0))
+
+
+def write_picture(path: Path, picture: np.ndarray) -> Path:
+    """Write (H, W, 3) uint8 BGR as PNG, all of it or nothing."""
+    return atomic_write(path, cv2.imencode(".png", picture)[1].tobytes())
+
+
+def noise_panels(noise: Mapping[str, Any]) -> list[np.ndarray]:
+    """The paper's figure 5: for each error a panel against the noise on latents, the LGM and decode, then RGB."""
+    return [
+        panel(
+            f"{name} against noise on latents",
+            {words: list(zip(noise["levels"], noise[who][name], strict=True)) for who, words in _WAYS.items()},
+            [],
+            [],
+            unit="noise",
+        )
+        for name in noise["lgm_better_from"]
+    ]
+
+
+def cost_panels(shape: str, paths: Mapping[str, Any]) -> list[np.ndarray]:
+    """What the geometry of one clip costs by each path: operations, and seconds where they were measured."""
+    tera = {path: row["flops"] / 1e12 for path, row in paths.items()}
+    seconds = {path: row["seconds"] for path, row in paths.items() if row.get("seconds") is not None}
+    return [bars(f"TFLOP: {shape}", tera), *([bars(f"seconds: {shape}", seconds)] if seconds else [])]
+
+
+def error_panels(accuracies: Mapping[str, Any], errors: Sequence[str]) -> list[np.ndarray]:
+    """For each error a panel: every LGM's as a multiple of the RGB model's, which is the dashed line."""
+    return [
+        bars(f"{name}, of the RGB model's", {lgm: found["ratio"].get(name) for lgm, found in accuracies.items()}, 1.0)
+        for name in errors
+    ]
+
+
+def stacked(rows: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
+    """Rows of panels as one picture, the shorter ones filled up with white."""
+    lines = [np.concatenate(row, axis=1) for row in rows]
+    widest = max(line.shape[1] for line in lines)
+    filled = [np.pad(line, ((0, 0), (0, widest - line.shape[1]), (0, 0)), constant_values=255) for line in lines]
+    return np.concatenate(filled, axis=0)
 
 
 def _panels(arm: str, found: Mapping[str, Any], limits: Mapping[str, float]) -> list[np.ndarray]:
@@ -104,6 +145,36 @@ def panel(
         pixels = np.array([at(x, y) for x, y in points], np.int32).reshape(-1, 1, 2)
         cv2.polylines(canvas, [pixels], False, colour, 1, cv2.LINE_AA)
         _text(canvas, name, MARGIN + 6 + 110 * place, HEIGHT - 8 if len(known) == 1 else 28, colour)
+    return canvas
+
+
+def bars(title: str, values: Mapping[str, float | None], limit: float | None = None) -> np.ndarray:
+    """One diagram (HEIGHT, WIDTH, 3) uint8 BGR of bars from zero.
+
+    Args:
+        values: by name, not negative; None is said to be not measured.
+        limit: an upright dashed line.
+    """
+    canvas = np.full((HEIGHT, WIDTH, 3), 255, np.uint8)
+    _text(canvas, title, 6, 14)
+    left, right, row = 116, WIDTH - 58, (HEIGHT - 36) // max(1, len(values))
+    highest = max([value for value in (*values.values(), limit) if value is not None], default=0.0) or 1.0
+
+    def at(value: float) -> int:
+        return int(left + value / highest * (right - left))
+
+    for place, (name, value) in enumerate(values.items()):
+        middle = 30 + row * place + row // 2
+        _text(canvas, name, 6, middle + 4)
+        if value is None:
+            _text(canvas, "not measured", left + 4, middle + 4)
+            continue
+        colour, half = _COLOURS[place % len(_COLOURS)], min(8, row // 3)
+        cv2.rectangle(canvas, (left, middle - half), (at(value), middle + half), colour, cv2.FILLED)
+        _text(canvas, f"{value:.3g}", at(value) + 4, middle + 4)
+    if limit is not None:
+        for y in range(26, HEIGHT - 6, 10):
+            cv2.line(canvas, (at(limit), y), (at(limit), y + 5), _BLACK, 1)
     return canvas
 
 

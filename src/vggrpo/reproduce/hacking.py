@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from vggrpo.config import TrainConfig
-from vggrpo.evaluation import compare, summarise_comparison
+from vggrpo.evaluation import summarise_comparison
 from vggrpo.io.atomic import atomic_write, atomic_write_json
 from vggrpo.posttraining import train
-from vggrpo.reproduce.cells import BASE, Row, Say, measured, measured_with, paired, pooled
+from vggrpo.reproduce.cells import BASE, Row, Say, measured, measured_with, paired
 from vggrpo.reproduce.curves import draw_hacking
 from vggrpo.reproduce.recipes import FAR, Arm
-from vggrpo.reproduce.results import difference_cell, footer, number_cell, quick_note
+from vggrpo.reproduce.results import MARKS, difference_cell, footer, number_cell, quick_note
 from vggrpo.reproduce.settings import Settings, arm_config, run_logs
 
 SETS = ("world-static", "world-dynamic")
@@ -124,7 +124,7 @@ def _measure(
 
 
 def _summary(base: Sequence[Row], runs: Sequence[Sequence[Row]]) -> dict[str, Any]:
-    comparison = paired(base, runs)
+    comparison = paired([base], runs)
     return {"metrics": summarise_comparison(comparison), "motion_ratio": comparison.motion_ratio}
 
 
@@ -138,7 +138,7 @@ def turning_point(
         rows: of every mark, those of each training seed.
         marks: updates of the marks.
     """
-    states = [[list(base)] * len(rows[0]), *rows]
+    states = [[list(base)], *rows]
     updates = [0, *marks]
     best, crossed = 0, None
     for place in range(1, len(states)):
@@ -154,7 +154,7 @@ def turning_point(
 
 def _versus(name: str, before: Sequence[Sequence[Row]], after: Sequence[Sequence[Row]]) -> tuple[bool, bool] | None:
     """Whether a metric is better on average afterwards, and whether it is worse with an interval off zero."""
-    metric = compare(pooled(before), pooled(after)).metrics.get(name)
+    metric = paired(before, after).metrics.get(name)
     if metric is None or not metric.pairs:
         return None
     mean = metric.difference.mean
@@ -218,7 +218,7 @@ def first_to_see(found: Mapping[str, Any]) -> list[str]:
 
 
 def _markdown(result: Mapping[str, Any]) -> str:
-    lines = [f"# {result['title']}", "", "![curves](hacking.png)", "", *quick_note(result)]
+    lines = [f"# {result['title']}", "", "![curves](hacking.png)", "", *quick_note(result), MARKS, ""]
     for arm, found in result["hacking"].items():
         lines += [f"## {arm}: {found['about']}", "", _verdict(found), ""]
         lines += ["| watch | calls at | first call, updates |", "|---|---|---|"]
@@ -254,7 +254,7 @@ def _marks_table(found: Mapping[str, Any]) -> list[str]:
         ]
         for place, (updates, mark) in enumerate(zip(found["marks"], row["marks"], strict=True)):
             logged = [number_cell(found["log_at_marks"][column][place]) for column in columns]
-            cells = [difference_cell(mark["metrics"].get(name)) for name in names]
+            cells = [difference_cell(name, mark["metrics"].get(name)) for name in names]
             lines.append(f"| {updates} | " + " | ".join([*logged, *cells]) + " |")
         best = ", ".join(f"{name} {row['turned'][name]['best']}" for name in MEASURED)
         lines += ["", f"Best after so many updates: {best}.", ""]

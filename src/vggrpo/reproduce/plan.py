@@ -116,7 +116,8 @@ def _arm_cells(arm: Arm, sets: Sequence[str], output: Path, settings: Settings, 
         if each.train is not None:
             out += [_training(each, seed, output, settings, costs) for seed in range(settings.seeds)]
     for seed in range(training_seeds(arm, settings)):
-        out += [_videos(arm, f"{arm.name}-s{seed}", each, output, settings, costs) for each in sets]
+        for each in {arm.name: arm, owner.name: owner}.values():  # an arm is compared with the owner of its LoRA, too
+            out += [_videos(each, f"{each.name}-s{seed}", name, output, settings, costs) for name in sets]
     return out
 
 

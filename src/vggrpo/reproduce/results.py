@@ -13,12 +13,20 @@ import cv2
 import numpy as np
 import torch
 
-from vggrpo.io.atomic import atomic_path, atomic_write, atomic_write_json
+from vggrpo.evaluation import HEADLINE
+from vggrpo.evaluation.metrics.quality import KERNEL_DISTANCE
+from vggrpo.io.atomic import atomic_write, atomic_write_json
+from vggrpo.reproduce.curves import cost_panels, noise_panels, stacked, write_picture
 
-HEADLINE = ("epipolar_inliers", "judge_reprojection")
-SHOWN = (*HEADLINE, "flow_cycle", "camera_acceleration", "adherence", "kernel_distance", "motion_flow",
+SHOWN = (*HEADLINE, "flow_cycle", "camera_acceleration", "adherence", KERNEL_DISTANCE, "motion_flow",
          "motion_reward", "geometry_reward")  # fmt: skip
 FEWEST_PROMPTS = 8  # an interval of fewer prompts earns no mark
+ALPHA = 0.05
+MARKS = (
+    f"▲ better, ▼ worse: {' and '.join(HEADLINE)}, which were fixed beforehand, where the 95 % interval leaves out "
+    f"zero; other independent scores where p after Holm's correction is below {ALPHA:g}. Rewards, which training "
+    "optimised, motion_flow, a guard, and kernel_distance, which has a margin of its own, bear no mark."
+)
 _GREEN, _RED, _GREY, _BLACK = (60, 140, 40), (50, 50, 200), (150, 150, 150), (30, 30, 30)  # BGR
 
 
@@ -36,46 +44,99 @@ def machine() -> dict[str, Any]:
 
 
 def write_results(folder: Path, name: str, result: Mapping[str, Any]) -> Path:
-    """Write `NAME.json`, `NAME.md` and, for a table, `NAME.png`; returns the Markdown."""
+    """Write `NAME.json`, `NAME.md` and `NAME.png` of a table or an analysis; returns the Markdown."""
     if "sets" in result:
         atomic_write_json(folder / f"{name}.json", dict(result))
-        picture = forest(result)
-        with atomic_path(folder / f"{name}.png") as temporary:
-            temporary.write_bytes(cv2.imencode(".png", picture)[1].tobytes())
+        write_picture(folder / f"{name}.png", forest(result))
         return atomic_write(folder / f"{name}.md", _markdown(result, f"{name}.png"))
-    return study_page(folder, name, result, _analysis_lines(result["found"]))
+    found = result["found"]
+    return study_page(folder, name, result, _analysis_lines(found), _analysis_panels(found))
 
 
 def _markdown(result: Mapping[str, Any], picture: str) -> str:
     lines = [f"# {result['title']}", "", f"The paper: {result['claim']}", ""]
-    lines += [*quick_note(result), f"![differences]({picture})", ""]
+    lines += [*quick_note(result), f"![differences]({picture})", "", MARKS, ""]
+    lines += ["kernel_distance is that of the training seed whose interval reaches furthest over its margin, and "
+              "quality is judged by it.", ""]  # fmt: skip
     for prompt_set, rows in result["sets"].items():
-        names = [name for name in SHOWN if any(name in row["metrics"] for row in rows.values())]
-        first = next(iter(rows.values()))
         lines += [f"## {prompt_set}", "", "Difference from the base model, mean over prompts [95 % interval].", ""]
-        lines += ["| arm | " + " | ".join(_head(name, rows) for name in names) + " | motion ratio | counts |"]
-        lines += ["|" + "---|" * (len(names) + 3)]
-        bases = " | ".join(number_cell(first["metrics"].get(name, {}).get("base")) for name in names)
-        lines += [f"| base | {bases} | 1 | |"]
-        for arm, row in rows.items():
-            cells = " | ".join(difference_cell(row["metrics"].get(name)) for name in names)
-            lines += [f"| {arm} | {cells} | {number_cell(row['motion_ratio'])} | {'yes' if row['counts'] else 'no'} |"]
-        lines += [""]
+        lines += [*_differences(rows, with_base=True), *_closely(_metrics_of(rows), "base / arm")]
     lines += _against(result.get("against", {}))
+    lines += _owners(result.get("owners", {}))
     lines += [*_exactly_off(result["sets"]), *_budgets(result["arms"]), *_lgms(result["arms"])]
     return "\n".join([*lines, *footer(result)]) + "\n"
 
 
+def _differences(rows: Mapping[str, Any], *, with_base: bool) -> list[str]:
+    """Arms by metrics; `with_base`: under the values of the base model, which is what all of them are compared with."""
+    names = _shown(_metrics_of(rows))
+    lines = ["| arm | " + " | ".join(_head(name, rows) for name in names) + " | motion ratio | counts |"]
+    lines += ["|" + "---|" * (len(names) + 3)]
+    if with_base:
+        first = next(iter(rows.values()))["metrics"]
+        bases = " | ".join(number_cell(first.get(name, {}).get("base")) for name in names)
+        lines += [f"| base | {bases} | 1 | |"]
+    for arm, row in rows.items():
+        cells = " | ".join(difference_cell(name, row["metrics"].get(name)) for name in names)
+        lines += [f"| {arm} | {cells} | {number_cell(row['motion_ratio'])} | {'yes' if row['counts'] else 'no'} |"]
+    return [*lines, ""]
+
+
+def _closely(arms: Mapping[str, Mapping[str, Any]], sides: str) -> list[str]:
+    """What stands behind a headline difference, and behind that of the kernel distance: every training seed by itself,
+    and for the headline also the win rate, failures and the pairs that move alike.
+
+    Args:
+        arms: metrics by arm.
+        sides: whose failures, such as "base / arm".
+    """
+    lines = ["By training seed, in their order; win rate over prompts, a tie counts half; failures: videos of all "
+             "training seeds without a valid number; among pairs that move alike (ratio 0.8 to 1.25).", "",
+             f"| arm | metric | by training seed | win rate | failures, {sides} | motion-matched |",
+             "|" + "---|" * 6]  # fmt: skip
+    for arm, metrics in arms.items():
+        for name in [name for name in (*HEADLINE, KERNEL_DISTANCE) if name in metrics]:
+            entry = metrics[name]
+            failures = [entry.get(f"failures_{side}") for side in ("base", "tuned")]
+            cells = [
+                _seeds_cell(entry.get("by_training_seed", ())),
+                "-" if entry.get("win_rate") is None else f"{entry['win_rate']:.0%}",
+                "-" if None in failures else f"{failures[0]} / {failures[1]}",
+                _matched_cell(entry.get("motion_matched")),
+            ]
+            lines += [f"| {arm} | {name} | " + " | ".join(cells) + " |"]
+    return [*lines, ""]
+
+
+def _metrics_of(rows: Mapping[str, Any]) -> dict[str, Any]:
+    return {arm: row["metrics"] for arm, row in rows.items()}
+
+
+def _shown(arms: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Metrics that some arm has, in the order of the tables."""
+    return [name for name in SHOWN if any(name in metrics for metrics in arms.values())]
+
+
 def _against(rivals: Mapping[str, Any]) -> list[str]:
     """VGGRPO minus each other trained arm, over the prompts of all sets."""
-    names = [name for name in SHOWN if any(name in metrics for metrics in rivals.values())]
+    names = _shown(rivals)
     if not names:
         return []
     lines = ["## VGGRPO against each arm", "", "VGGRPO minus the arm, mean over all prompts [95 % interval].", ""]
     lines += ["| arm | " + " | ".join(names) + " |", "|" + "---|" * (len(names) + 1)]
     for arm, metrics in rivals.items():
-        lines += [f"| {arm} | " + " | ".join(difference_cell(metrics.get(name)) for name in names) + " |"]
-    return [*lines, ""]
+        lines += [f"| {arm} | " + " | ".join(difference_cell(name, metrics.get(name)) for name in names) + " |"]
+    return [*lines, "", *_closely(rivals, "arm / VGGRPO")]
+
+
+def _owners(rows: Mapping[str, Any]) -> list[str]:
+    """Arms that sample with another arm's LoRA minus that arm, over the prompts of all sets."""
+    if not rows:
+        return []
+    named = {f"{arm} - {row['owner']}": row for arm, row in rows.items()}
+    lines = ["## Against the arm whose LoRA it samples with", ""]
+    lines += ["Difference from that arm with the same training seed, mean over all prompts [95 % interval].", ""]
+    return [*lines, *_differences(named, with_base=False), *_closely(_metrics_of(named), "owner / arm")]
 
 
 def _budgets(arms: Mapping[str, Any]) -> list[str]:
@@ -126,10 +187,19 @@ def _lgms(arms: Mapping[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
-def study_page(folder: Path, name: str, result: Mapping[str, Any], lines: Sequence[str]) -> Path:
-    """Write `NAME.json` and `NAME.md` of a study whose tables are `lines`; returns the Markdown."""
+def study_page(
+    folder: Path,
+    name: str,
+    result: Mapping[str, Any],
+    lines: Sequence[str],
+    panels: Sequence[Sequence[np.ndarray]],
+) -> Path:
+    """Write `NAME.json`, `NAME.png` and `NAME.md` of a study whose tables are `lines` and whose picture is rows of
+    `panels`; returns the Markdown.
+    """
     atomic_write_json(folder / f"{name}.json", dict(result))
-    head = [f"# {result['title']}", "", *quick_note(result)]
+    write_picture(folder / f"{name}.png", stacked(panels))
+    head = [f"# {result['title']}", "", *quick_note(result), f"![{name}]({name}.png)", ""]
     return atomic_write(folder / f"{name}.md", "\n".join([*head, *lines, *footer(result)[2:]]) + "\n")
 
 
@@ -146,6 +216,12 @@ def _analysis_lines(found: Mapping[str, Any]) -> list[str]:
             lines += [f"| {path} | " + " | ".join(number_cell(number) for number in numbers) + " |"]
         lines += [""]
     return lines
+
+
+def _analysis_panels(found: Mapping[str, Any]) -> list[list[np.ndarray]]:
+    """Their pictures, a row for noise and one for each shape whose cost was measured."""
+    noise = [noise_panels(found["noise"])] if "noise" in found else []
+    return noise + [cost_panels(shape, paths) for shape, paths in found.get("cost", {}).items()]
 
 
 def _noise_table(noise: Mapping[str, Any], reference: str) -> list[str]:
@@ -173,7 +249,8 @@ def footer(result: Mapping[str, Any]) -> list[str]:
     return [
         f"Recipe `{settings['config']}`, {settings['seeds']} training seeds, at most {settings['prompts']} prompts a "
         f"set, {settings['videos']} videos a prompt and model, {settings['steps']} steps. An improvement counts only "
-        "if headline, motion, adherence and quality hold together (`checks` in the JSON).",
+        "if headline, motion, adherence and quality hold together, the headline's sign and quality in every training "
+        "seed (`checks` in the JSON).",
         "",
         f"Made on {where['gpu'] or where['platform']}, {where['processors']} processors, torch {where['torch']}, "
         f"vggrpo {where['vggrpo']}.",
@@ -190,16 +267,40 @@ def number_cell(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
 
 
-def difference_cell(entry: Mapping[str, Any] | None) -> str:
-    """A difference with its interval, marked where it is clearly better or worse."""
+def difference_cell(name: str, entry: Mapping[str, Any] | None) -> str:
+    """A difference with its interval, marked where it is clearly better or worse (`MARKS`)."""
     if entry is None or entry["diff"] is None:
         return "-"
+    mark = ""
+    if _is_clear(name, entry):
+        mark = " ▲" if (entry["diff"] > 0) == entry["higher_is_better"] else " ▼"
+    return _interval_cell(entry) + mark
+
+
+def _is_clear(name: str, entry: Mapping[str, Any]) -> bool:
+    """By its interval for a headline metric; by the adjusted p for the others, of which there are many."""
+    if entry["n"] < FEWEST_PROMPTS or entry["ci_low"] is None or entry["ci_high"] is None:
+        return False
+    if name in HEADLINE:
+        return bool(entry["ci_low"] > 0 or entry["ci_high"] < 0)
+    return entry.get("p_holm") is not None and entry["p_holm"] < ALPHA
+
+
+def _interval_cell(entry: Mapping[str, Any]) -> str:
     if entry["ci_low"] is None or entry["ci_high"] is None:
         return f"{entry['diff']:+.3g}"
-    clear = (entry["ci_low"] > 0 or entry["ci_high"] < 0) and entry["n"] >= FEWEST_PROMPTS
-    better = (entry["diff"] > 0) == entry["higher_is_better"]
-    mark = (" ▲" if better else " ▼") if clear else ""
-    return f"{entry['diff']:+.3g} [{entry['ci_low']:+.3g}, {entry['ci_high']:+.3g}]{mark}"
+    return f"{entry['diff']:+.3g} [{entry['ci_low']:+.3g}, {entry['ci_high']:+.3g}]"
+
+
+def _matched_cell(entry: Mapping[str, Any] | None) -> str:
+    return "-" if entry is None or entry["diff"] is None else f"{_interval_cell(entry)}, n={entry['n']}"
+
+
+def _seeds_cell(differences: Sequence[float | None]) -> str:
+    """A difference a training seed; a dash where there is but one, which is the difference itself."""
+    if len(differences) < 2:
+        return "-"
+    return ", ".join("-" if value is None else f"{value:+.3g}" for value in differences)
 
 
 def forest(result: Mapping[str, Any]) -> np.ndarray:

@@ -15,12 +15,22 @@ from pathlib import Path
 from typing import Any
 
 from vggrpo.errors import UserError
-from vggrpo.evaluation import compare, summarise_comparison
+from vggrpo.evaluation import summarise_comparison
 from vggrpo.evaluation.benchmarks import load_prompt_sets
 from vggrpo.io.atomic import ensure_directory
 from vggrpo.models.loading import pick_device
 from vggrpo.reproduce.arms import chosen_arms, objections
-from vggrpo.reproduce.cells import BASE, Row, Say, compared, measured, pooled, spent, training_seeds
+from vggrpo.reproduce.cells import (
+    BASE,
+    Row,
+    Say,
+    compared,
+    measured,
+    paired,
+    run_by_run,
+    spent,
+    training_seeds,
+)
 from vggrpo.reproduce.digests import digests
 from vggrpo.reproduce.hacking import study_hacking
 from vggrpo.reproduce.judging import check_judges, left_out
@@ -115,32 +125,44 @@ def _table(name: str, table: Table, folder: Path, settings: Settings, chosen: Se
         "arms": {arm.name: {"about": arm.about} for arm in chosen}, "sets": {},
     }  # fmt: skip
     sets = settings.sets or table.sets
-    everything: dict[str, tuple[list[Row], list[list[Row]]]] = {arm.name: ([], []) for arm in chosen}
+    owners = [arm_named(arm.lora_of) for arm in chosen if arm.lora_of]
+    everything: dict[str, list[list[Row]]] = {}  # rows of all sets by arm, one list a training seed
     for prompt_set in sets:
-        base = measured(BASE, 0, prompt_set, folder, settings, say)
-        rows: dict[str, Any] = {}
-        for arm in chosen:
-            runs = [measured(arm, s, prompt_set, folder, settings, say) for s in range(training_seeds(arm, settings))]
-            rows[arm.name] = compared(arm, base, runs, [prompt_set], folder, settings)
-            all_base, all_runs = everything[arm.name]
-            all_base += base
-            all_runs[:] = [a + b for a, b in zip(all_runs, runs, strict=True)] if all_runs else runs
-        result["sets"][prompt_set] = rows
+        runs = {
+            arm.name: [
+                measured(arm, s, prompt_set, folder, settings, say) for s in range(training_seeds(arm, settings))
+            ]
+            for arm in {arm.name: arm for arm in [BASE, *chosen, *owners]}.values()
+        }
+        result["sets"][prompt_set] = {
+            arm.name: compared(arm, BASE, runs, [prompt_set], folder, settings) for arm in chosen
+        }
+        for each, found in runs.items():
+            before = everything.get(each, [[] for _ in found])
+            everything[each] = [a + b for a, b in zip(before, found, strict=True)]
     if len(sets) > 1:  # all prompts together: what a claim is made of
         result["sets"][" + ".join(sets)] = {
-            arm.name: compared(arm, *everything[arm.name], sets, folder, settings) for arm in chosen
+            arm.name: compared(arm, BASE, everything, sets, folder, settings) for arm in chosen
+        }
+    if owners:
+        result["owners"] = {
+            arm.name: compared(arm, arm_named(arm.lora_of), everything, sets, folder, settings) | {"owner": arm.lora_of}
+            for arm in chosen
+            if arm.lora_of
         }
     if VGGRPO in chosen:
-        ours = everything[VGGRPO.name][1]
-        rivals = [arm for arm in chosen if arm is not VGGRPO and arm.train is not None]
-        result["against"] = {
-            arm.name: summarise_comparison(compare(pooled(everything[arm.name][1]), pooled(ours))) for arm in rivals
-        }
+        rivals = [arm.name for arm in chosen if arm is not VGGRPO and arm.train is not None]
+        result["against"] = {rival: _ahead(everything[rival], everything[VGGRPO.name]) for rival in rivals}
     for arm in chosen:
         result["arms"][arm.name] |= spent(arm, folder, settings)
         if arm.lgm is not None:
             result["arms"][arm.name]["lgm"] = about_lgm(arm, folder)
     return write_results(folder, name, result)
+
+
+def _ahead(rival: Sequence[Sequence[Row]], ours: Sequence[Sequence[Row]]) -> dict[str, Any]:
+    """Differences of ours from a rival's, over all training seeds and in each."""
+    return summarise_comparison(paired(rival, ours), runs=run_by_run(rival, ours))
 
 
 def _study(name: str, folder: Path, settings: Settings, say: Say) -> Path:

@@ -1,7 +1,7 @@
 """The study of where an LGM is stitched and how many views it reads: LGMs of one recipe and equal training.
 
-    OUTPUT/lgms/ARM           the LGMs, shared with table `lgm`
-    OUTPUT/stitch.{json,md}   their errors on rendered clips that none was trained on, against those of the RGB model
+    OUTPUT/lgms/ARM               the LGMs, shared with table `lgm`
+    OUTPUT/stitch.{json,md,png}   their errors on rendered clips that none was trained on, against the RGB model's
 
 No video model is tuned: what an LGM sees is the question, not what a policy makes of it.
 """
@@ -15,6 +15,7 @@ from typing import Any
 
 from vggrpo.evaluation.lgm_analysis import analyze_lgm
 from vggrpo.reproduce.cells import Say
+from vggrpo.reproduce.curves import error_panels
 from vggrpo.reproduce.lgms import about_lgm, trained_lgm
 from vggrpo.reproduce.recipes import STITCHED, Arm
 from vggrpo.reproduce.results import number_cell, study_page
@@ -27,7 +28,8 @@ ERRORS = ("abs_rel", "translation", "rotation", "fov", "flow")
 def study_stitching(folder: Path, settings: Settings, common: Mapping[str, Any], say: Say) -> Path:
     """Train and measure the LGMs that are missing, and write the results."""
     rows = {arm.name: _row(arm, folder, settings, say) for arm in STITCHED}
-    return study_page(folder, "stitch", dict(common) | {"lgms": rows}, _lines(rows))
+    panels = error_panels({name: row["accuracy"] for name, row in rows.items()}, ERRORS)
+    return study_page(folder, "stitch", dict(common) | {"lgms": rows}, _lines(rows), [panels])
 
 
 def _row(arm: Arm, folder: Path, settings: Settings, say: Say) -> dict[str, Any]:
