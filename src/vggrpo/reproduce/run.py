@@ -35,7 +35,7 @@ from vggrpo.reproduce.digests import digests
 from vggrpo.reproduce.hacking import study_hacking
 from vggrpo.reproduce.judging import check_judges, left_out
 from vggrpo.reproduce.lgms import about_lgm, lgm_config
-from vggrpo.reproduce.recipes import STITCHED, STUDIES, TABLES, VGGRPO, Arm, Table
+from vggrpo.reproduce.recipes import STITCHED, STUDIES, TABLES, VGGRPO, Arm, Table, arm_named
 from vggrpo.reproduce.results import machine, write_results
 from vggrpo.reproduce.settings import Settings, check_settings
 from vggrpo.reproduce.stitching import study_stitching
