@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 
 import pytest
@@ -29,7 +30,7 @@ def test_an_arm_that_equals_another_is_left_out_and_refused_by_name(tmp_path):
     assert objections("geometry", WAN)["flow-masks"] == "it equals vggrpo in every field"  # by the default of `movers`
     left = [arm.name for arm in chosen_arms("rewards", (), WAN)]
     assert "vggrpo" in left and "no-kl" in left and not found.keys() & set(left)
-    with pytest.raises(UserError, match=r"arm no-hinge of rewards .* wan2.1-t2v-1.3b: it equals vggrpo"):
+    with pytest.raises(UserError, match=r"arm no-hinge of rewards .* wan2\.1-t2v-1\.3b: it equals vggrpo"):
         reproduce(["rewards"], tmp_path, WAN, arms=["no-hinge"])
     assert not list(tmp_path.iterdir())
     assert any(line.startswith("left out of rewards: no-hinge: it equals") for line in run.notes(["rewards"], (), WAN))
@@ -103,6 +104,21 @@ def test_videos_are_made_and_measured_as_the_settings_say(tmp_path, monkeypatch,
     assert arm_config(arm_named("dpo-epipolar"), settings, tmp_path, 0).dpo.fps == expected[0]
 
 
+def test_the_embedded_classifier_compares_no_features_of_other_pipelines(tmp_path, monkeypatch):
+    asked = []
+
+    def fake_quality(base, tuned, *, reference):
+        asked.append(reference)
+
+    entry = {"value": 0.5, "unit": "", "valid": True, "reason": None}
+    rows = [{"path": f"{i}.mp4", "prompt": f"{i}", "seed": 0, "arm": "x", "metrics": {"motion_flow": entry}}
+            for i in range(3)]  # fmt: skip
+    monkeypatch.setattr(cells, "compare_quality", fake_quality)
+    for settings, expected in ((WAN, []), (Settings(), [96])):
+        row = cells.compared(arm_named("sft"), rows, [rows], ["static"], tmp_path, settings)
+        assert asked == expected and row["checks"]["quality"]["about"] == "not measured"
+
+
 def test_what_is_measured_may_change_in_an_output_and_the_frame_rate_not(tmp_path):
     kept = tmp_path / "settings.json"
     check_settings(kept, Settings())
@@ -113,8 +129,6 @@ def test_what_is_measured_may_change_in_an_output_and_the_frame_rate_not(tmp_pat
 
 
 def test_the_command_hands_them_on(monkeypatch, tmp_path):
-    import argparse
-
     found = []
     monkeypatch.setattr(
         "vggrpo.reproduce.reproduce", lambda names, output, settings, arms: found.append(settings) or []
