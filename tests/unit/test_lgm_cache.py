@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import tarfile
@@ -58,6 +59,43 @@ def test_folders_manifests_tars_and_globs_hold_the_same_clips(tmp_path):
         got = [clip.video for source in sources(path) for clip in source.clips()]
         assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
     assert len([clip for source in sources(folder, clips_per_video=1) for clip in source.clips()]) == 3
+
+
+def write_scenes(folder, count=4, length=2 * FRAMES):
+    """One folder a scene, and in each a video (and a tar with one) of the same name."""
+    for i in range(count):
+        scene = folder / f"scene{i}"
+        scene.mkdir(parents=True)
+        write_video(scene / "video.mp4", frames(i, length), 10)
+        write_manifest(scene / "m.jsonl", [ManifestRow("video.mp4", "p", i, 10, "real")])
+        with tarfile.open(scene / "shard.tar", "w") as archive:
+            archive.add(scene / "video.mp4", arcname="video.mp4")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name"),
+    [
+        ("*/video.mp4", "{}/video.mp4"),
+        ("scene[0-9]", "{}/video.mp4"),
+        ("**", "{}/video.mp4"),  # finds folders, files, manifests and tars
+        ("*/m.jsonl", "{}/video.mp4"),
+        ("*/shard.tar", "{}/shard.tar/video.mp4"),
+    ],
+)
+def test_equal_file_names_in_several_folders_are_several_sources(tmp_path, pattern, name):
+    found = [source.name for source in sources(write_scenes(tmp_path / "scenes") / pattern)]
+    wanted = [name.format(f"scene{i}") for i in range(4)]
+    assert [n for n in found if pattern != "**" or "shard.tar" not in n] == wanted and len(found) == len(set(found))
+
+
+def test_a_cache_of_equal_file_names_goes_on_and_holds_out_whole_videos(tmp_path):
+    pattern = write_scenes(tmp_path / "scenes") / "*/video.mp4"
+    whole = build(tmp_path / "whole", pattern)
+    assert len(whole) == 8 and all(len(part) in (2, 4, 6) for part in whole.split(0.5))
+    interrupted(tmp_path / "cut", pattern, 2)
+    assert len(CachedClips(tmp_path / "cut")) == 4
+    assert_same_clips(contents(build(tmp_path / "cut", pattern)), contents(whole))
 
 
 def test_bad_videos_are_passed_over_and_named(tmp_path, caplog):
@@ -120,18 +158,22 @@ def assert_same_clips(one, two):
         assert all(torch.equal(one[key][name], two[key][name]) for name in one[key])
 
 
+def interrupted(cache, path, after):
+    """Build, but for a Ctrl-C after so many sources."""
+
+    def stopping():
+        yield from itertools.islice(sources(path), after)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_cache(cache, stopping(), BlockVAE(), teacher(), SETTINGS, max_clips=99)
+
+
 def test_an_interrupted_cache_goes_on(tmp_path):
     folder = write_videos(tmp_path / "videos", 5, length=2 * FRAMES)
     whole = contents(build(tmp_path / "whole", folder))
 
-    def interrupted():
-        for n, source in enumerate(sources(folder)):
-            if n == 3:
-                raise KeyboardInterrupt
-            yield source
-
-    with pytest.raises(KeyboardInterrupt):
-        build_cache(tmp_path / "cut", interrupted(), BlockVAE(), teacher(), SETTINGS, max_clips=99)
+    interrupted(tmp_path / "cut", folder, 3)
     (tmp_path / "cut" / ".clips-x.partial.safetensors").write_bytes(b"half a shard")
     assert 0 < len(CachedClips(tmp_path / "cut")) < 10
     opened = []
