@@ -19,10 +19,12 @@ from safetensors.torch import load_file, save_file
 
 from vggrpo.checkpoint import load_latest
 from vggrpo.config_lgm import load_lgm_config
+from vggrpo.distributed import Processes
 from vggrpo.errors import UserError
 from vggrpo.geometry import GeometryPrediction
 from vggrpo.lgm import LatentGeometryModel
 from vggrpo.lgm import training as lgm_training
+from vggrpo.lgm.clips import Clip
 from vggrpo.lgm.losses import distillation_loss
 from vggrpo.lgm.search import StitchFit, load_fit, save_fit
 from vggrpo.lgm.training import draw_batch, warmup_cosine
@@ -157,6 +159,40 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(place):
     teacher(7).save_pretrained(place / "other")
     with pytest.raises(UserError, match="another teacher"):
         train(place, "new", f"geometry.path={place / 'other'}")
+
+
+def keys_of(material):
+    return [{material.clips.keys[i] for i in part} for part in (material.train, material.heldout)]
+
+
+def test_a_shared_cache_gives_each_run_its_own_clips(place):
+    """A run of fewer clips, or another seed, takes what a cache of its own would hold."""
+
+    def material(name, *overrides):
+        settings = config(place, name, "clips.generated_share=0.5", *overrides)
+        parts = distill._Parts(BlockVAE(), teacher(), Generator(), "vggt", torch.device("cpu"))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(distill, "_generated", generated)
+            return keys_of(distill.make_cache(settings, parts, Processes()))
+
+    def generated(config, model, prompt, number, name):
+        noise = torch.Generator().manual_seed(1000 * config.seed + number)
+        yield Clip(f"{name}#0", latents=torch.randn(3, 3, 4, 6, generator=noise), kind="generated")
+
+    class Generator:
+        """Nothing of it is asked."""
+
+    shared = f"cache={place / 'shared'}"
+    whole = material("a", shared)
+    few = material("b", shared, "clips.max_clips=3")
+    assert few == material("c", f"cache={place / 'own'}", "clips.max_clips=3") and len(set.union(*few)) == 6
+    other = material("d", shared, "seed=5")
+    for keys, seed in ((whole, 0), (few, 0), (other, 5)):
+        made = {key for key in set.union(*keys) if key.startswith("generated/")}
+        assert 2 * len(made) == len(set.union(*keys)) and all(key.startswith(f"generated/{seed}/") for key in made)
+    assert material("e", shared) == whole
+    with pytest.raises(UserError, match=r"another clips\.clips_per_video"):
+        material("f", shared, "clips.clips_per_video=3")
 
 
 def test_frame_rate_and_a_square_clip_train_too(place):

@@ -92,7 +92,7 @@ def test_equal_file_names_in_several_folders_are_several_sources(tmp_path, patte
 def test_a_cache_of_equal_file_names_goes_on_and_holds_out_whole_videos(tmp_path):
     pattern = write_scenes(tmp_path / "scenes") / "*/video.mp4"
     whole = build(tmp_path / "whole", pattern)
-    assert len(whole) == 8 and all(len(part) in (2, 4, 6) for part in whole.split(0.5))
+    assert len(whole) == 8 and all(len(part) in (2, 4, 6) for part in whole.split(0.5, whole.keys))
     interrupted(tmp_path / "cut", pattern, 2)
     assert len(CachedClips(tmp_path / "cut")) == 4
     assert_same_clips(contents(build(tmp_path / "cut", pattern)), contents(whole))
@@ -235,13 +235,24 @@ def test_the_number_of_clips_is_bounded_and_processes_share_them(tmp_path):
 
 def test_held_out_clips_are_of_other_videos(tmp_path):
     clips = build(tmp_path / "cache", write_videos(tmp_path / "videos", 5, length=2 * FRAMES))
-    train, heldout = clips.split(0.3)
+    train, heldout = clips.split(0.3, clips.keys)
     videos = [{clips.keys[i].split("#")[0] for i in part} for part in (train, heldout)]
     assert sorted(train + heldout) == list(range(10)) and all(videos) and not videos[0] & videos[1]
     for share in (1e-9, 1 - 1e-9):
-        assert all(clips.split(share))
+        assert all(clips.split(share, clips.keys))
+    few = [key for key in clips.keys if not key.startswith("v3")]
+    parts = clips.split(0.3, few)
+    assert sorted(clips.keys[i] for part in parts for i in part) == sorted(few)
     with pytest.raises(UserError, match="one must be held out"):
-        build(tmp_path / "one", write_videos(tmp_path / "single", 1)).split(0.5)
+        clips.split(0.5, ["v3.mp4#0", "v3.mp4#9"])
+
+
+def test_a_run_takes_the_first_clips_of_its_own_sources(tmp_path):
+    clips = build(tmp_path / "cache", write_videos(tmp_path / "videos", 3, length=12 * FRAMES), clips_per_video=12)
+    names = ["absent.mp4", "v2.mp4", "v0.mp4"]
+    frames_of = [f"#{FRAMES * i}" for i in range(12)]  # in the order of time: #9 before #18 and #108
+    assert clips.first_of(names, 13) == [*("v2.mp4" + frame for frame in frames_of), "v0.mp4#0"]
+    assert len(clips.first_of(names, 99)) == 24 and clips.first_of([], 5) == []
 
 
 def test_generated_clips_and_unknown_depth():

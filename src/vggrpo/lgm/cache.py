@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -156,6 +156,10 @@ def source_of(key: str) -> str:
     return key.rsplit("#", 1)[0]
 
 
+def _first_frame(key: str) -> int:
+    return int(key.rsplit("#", 1)[1])
+
+
 def _finished(directory: Path) -> tuple[dict[str, int], set[str]]:
     """Sources all of whose clips are there, with their number, and the keys of all clips."""
     sidecars = read_sidecars(directory)
@@ -297,22 +301,42 @@ class CachedClips:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def split(self, share: float) -> tuple[list[int], list[int]]:
+    def first_of(self, sources: Iterable[str], at_most: int) -> list[str]:
+        """Keys of the first clips of these sources, in the order of the sources and of the frames in each.
+
+        What else is in the cache does not matter, so a run takes the clips that a cache of its own would hold.
+        """
+        there: dict[str, list[str]] = {}
+        for key in self.keys:
+            there.setdefault(source_of(key), []).append(key)
+        chosen: list[str] = []
+        for source in sources:
+            chosen += sorted(there.get(source, ()), key=_first_frame)
+            if len(chosen) >= at_most:
+                break
+        return chosen[:at_most]
+
+    def split(self, share: float, among: Collection[str]) -> tuple[list[int], list[int]]:
         """Clips to train on and clips held out: whole sources, chosen by their names' hashes; at least one of each.
 
+        Args:
+            among: keys of the clips to split; all others are in neither part.
+
         Raises:
-            UserError: there are fewer than two sources.
+            UserError: they are of fewer than two sources.
         """
-        ranked = sorted({source_of(key) for key in self.keys}, key=_rank)
+        among = frozenset(among)
+        ranked = sorted({source_of(key) for key in among}, key=_rank)
         if len(ranked) < 2:
             raise UserError(
-                f"the cache holds clips of {len(ranked)} video(s), and one must be held out; give clips.videos more "
+                f"there are clips of {len(ranked)} video(s), and one must be held out; give clips.videos more "
                 "videos, or see the warnings above for why they were passed over"
             )
         count = min(max(1, sum(_rank(name) < share for name in ranked)), len(ranked) - 1)
         heldout = set(ranked[:count])
-        train = [i for i, key in enumerate(self.keys) if source_of(key) not in heldout]
-        return train, [i for i, key in enumerate(self.keys) if source_of(key) in heldout]
+        chosen = [i for i, key in enumerate(self.keys) if key in among]
+        train = [i for i in chosen if source_of(self.keys[i]) not in heldout]
+        return train, [i for i in chosen if source_of(self.keys[i]) in heldout]
 
     def rows(self, index: Sequence[int], names: Sequence[str] | None = None) -> dict[str, Tensor]:
         """The named columns (default: all) of some clips, stacked.

@@ -11,7 +11,7 @@ Every stage goes on where it stopped.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,7 +120,7 @@ class _Parts:
 
 
 def make_cache(config: TrainLGMConfig, parts: _Parts, processes: Processes) -> Material:
-    """Fill the cache and split its clips."""
+    """Fill the cache, and choose and split this run's clips: the cache may hold more, of other runs."""
     clips, spec = config.clips, parts.vae.latent_spec
     stride = spec.temporal_stride if config.stitch.view_rate == "latent" else 1
     identity = {
@@ -129,24 +129,28 @@ def make_cache(config: TrainLGMConfig, parts: _Parts, processes: Processes) -> M
         "teacher": weights_hash(parts.teacher),  # type: ignore[arg-type]
         "clips.videos": clips.videos,  # clips are known by their names in there
         "generator": [config.video.path, clips.prompts, clips.generated_steps, clips.guidance_scale],
+        "clips.clips_per_video": clips.clips_per_video,  # a finished video is not opened again for more
         "clip size": [clips.num_frames, clips.height, clips.width],
         "frame_stride": clips.frame_stride,
         "view_rate": config.stitch.view_rate,
     }
     settings = CacheSettings(identity, stride, clips.shard_size, clips.micro_batch)
     folder = config.cache_directory
-    common = (folder, parts.vae, parts.teacher, settings)
-    build_cache(common[0], _real_sources(config), *common[1:], max_clips=clips.max_clips, processes=processes)
-    real = CachedClips(folder).kinds.count("real")
-    if not real:
+
+    def cached(sources: Callable[[], Iterator[Source]], count: int) -> list[str]:
+        """Keys of the first `count` clips of the sources; those that the cache lacks are made."""
+        build_cache(folder, sources(), parts.vae, parts.teacher, settings, max_clips=count, processes=processes)
+        return CachedClips(folder).first_of((source.name for source in sources()), count)
+
+    keys = cached(lambda: _real_sources(config), clips.max_clips)
+    if not keys:
         raise UserError(f"no clip of {clips.videos} could be used; the warnings above say why")
-    count = round(real * clips.generated_share / (1 - clips.generated_share))
-    if count and parts.generator is not None:
-        sources = _generated_sources(config, parts.generator, count)
-        build_cache(common[0], sources, *common[1:], max_clips=count, processes=processes)
-    cached = CachedClips(folder)
-    train, heldout = cached.split(clips.heldout_share)
-    return Material(cached, train, heldout, stride)
+    count = round(len(keys) * clips.generated_share / (1 - clips.generated_share))
+    generator = parts.generator
+    if count and generator is not None:
+        keys += cached(lambda: _generated_sources(config, generator, count), count)
+    everything = CachedClips(folder)
+    return Material(everything, *everything.split(clips.heldout_share, keys), stride)
 
 
 def find_stitch(
@@ -258,11 +262,12 @@ def _generated_sources(config: TrainLGMConfig, model: WanVideoModel, count: int)
         prompts = read_prompts(config.clips.prompts)
     for i in range(count):
         prompt = prompts[i % len(prompts)]
-        yield Source(f"generated/{i}/{prompt}", lambda i=i, prompt=prompt: _generated(config, model, prompt, i))  # type: ignore[misc]
+        name = f"generated/{config.seed}/{i}/{prompt}"  # with the seed: runs of several seeds may share a cache
+        yield Source(name, lambda i=i, prompt=prompt, name=name: _generated(config, model, prompt, i, name))  # type: ignore[misc]
 
 
 @torch.no_grad()
-def _generated(config: TrainLGMConfig, model: WanVideoModel, prompt: str, number: int) -> Iterator[Clip]:
+def _generated(config: TrainLGMConfig, model: WanVideoModel, prompt: str, number: int, name: str) -> Iterator[Clip]:
     from vggrpo.sampling import derive_seed, ode_sample
 
     clips = config.clips
@@ -277,4 +282,4 @@ def _generated(config: TrainLGMConfig, model: WanVideoModel, prompt: str, number
         num_steps=clips.generated_steps,
         **guided,
     )
-    yield Clip(f"generated/{number}/{prompt}#0", latents=latents[0].cpu(), kind="generated")
+    yield Clip(f"{name}#0", latents=latents[0].cpu(), kind="generated")
