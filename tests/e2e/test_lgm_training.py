@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -141,6 +142,35 @@ def test_search_only_and_one_layer(place):
     assert [row["r2"] for row in table["layers"]] == sorted((row["r2"] for row in table["layers"]), reverse=True)
     with pytest.raises(UserError, match="not safe for this model's heads"):
         train(place, "unsafe", "stitch.layers=[0, 2]")
+
+
+def test_an_earlier_search_is_used_only_where_it_is_the_same(place, monkeypatch):
+    """The workflow of docs/train_lgm.md: search, look, then fix the layer in the same output."""
+    searches = []
+    search = distill.search_layers
+    monkeypatch.setattr(distill, "search_layers", lambda *args: searches.append(args[4]) or search(*args))
+    whole = place / "whole" / "stitch.safetensors"
+    other = 1 - load_fit(whole).layer
+    train(place, "fixed", search_only=True)
+    train(place, "fixed", search_only=True)
+    assert searches == [[0, 1]]  # the second time it is read
+    fixed = ("stitch.layers=null", f"stitch.layer={other}", "updates=1")
+    train(place, "fixed", *fixed)
+    assert searches == [[0, 1], [other]]
+    model = LatentGeometryModel.from_pretrained(place / "fixed" / "lgm")
+    assert model.config.layer == other == json.loads((place / "fixed" / "search.json").read_text())["chosen"]
+    # Once there is a checkpoint, a search that is not its own is refused.
+    kept = place / "fixed" / "stitch.safetensors"
+    save_fit(kept, replace(load_fit(kept), origin="of other clips"))
+    with pytest.raises(UserError, match=r"other clips, weights or stitch\.\* than now; set another output=DIR"):
+        train(place, "fixed", *fixed)
+    # A file of before origins were recorded is searched again.
+    (place / "old").mkdir()
+    save_fit(place / "old" / "stitch.safetensors", replace(load_fit(whole), origin=""))
+    train(place, "old", "stitch.rank_by=r2", search_only=True)
+    assert searches[2:] == [[0, 1]] and load_fit(place / "old" / "stitch.safetensors").origin
+    with pytest.raises(UserError, match="not safe for this model's heads"):
+        train(place, "old", "stitch.layers=[0, 99]", search_only=True)
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_written(place):

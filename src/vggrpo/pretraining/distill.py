@@ -10,9 +10,12 @@ Every stage goes on where it stopped.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +61,12 @@ def train_lgm(config: TrainLGMConfig, *, search_only: bool = False, progress: bo
     if checkpoint is not None:
         check_resumable(checkpoint.state["config"], config)
     parts = _Parts.load(config, processes)
+    check_layers(config, parts.teacher)
     material = make_cache(config, parts, processes)
     if processes.is_main:
         atomic_write(output / "config.yaml", dump_lgm_config(config))
     base = _lgm_config(config, parts, material)
-    fit = find_stitch(config, parts, material, base, processes)
+    fit = find_stitch(config, parts, material, base, processes, trained=checkpoint is not None)
     if search_only:
         return output / "search.json"
     model = stitched(base.model_copy(update={"layer": fit.layer}), parts.teacher, fit)
@@ -98,6 +102,12 @@ class _Parts:
     geometry_path: str
     device: torch.device
 
+    @cached_property
+    def hashes(self) -> dict[str, str]:
+        """Of the weights that latents, views' geometry and layer search depend on."""
+        vae = getattr(self.vae, "vae", self.vae)  # a video model holds its VAE, an image VAE is one
+        return {"VAE": weights_hash(vae), "teacher": weights_hash(self.teacher)}  # type: ignore[arg-type]
+
     @classmethod
     def load(cls, config: TrainLGMConfig, processes: Processes) -> _Parts:
         device = pick_device(config.video.device, processes.local_rank)
@@ -124,9 +134,8 @@ def make_cache(config: TrainLGMConfig, parts: _Parts, processes: Processes) -> M
     clips, spec = config.clips, parts.vae.latent_spec
     stride = spec.temporal_stride if config.stitch.view_rate == "latent" else 1
     identity = {
-        "VAE": weights_hash(getattr(parts.vae, "vae", parts.vae)),  # a video model holds its VAE, an image VAE is one
+        **parts.hashes,
         "latent normalisation": [list(spec.mean), list(spec.std)],
-        "teacher": weights_hash(parts.teacher),  # type: ignore[arg-type]
         "clips.videos": clips.videos,  # clips are known by their names in there
         "generator": [config.video.path, clips.prompts, clips.generated_steps, clips.guidance_scale],
         "clips.clips_per_video": clips.clips_per_video,  # a finished video is not opened again for more
@@ -153,37 +162,79 @@ def make_cache(config: TrainLGMConfig, parts: _Parts, processes: Processes) -> M
     return Material(everything, *everything.split(clips.heldout_share, keys), stride)
 
 
-def find_stitch(
-    config: TrainLGMConfig, parts: _Parts, material: Material, base: LGMConfig, processes: Processes
-) -> StitchFit:
-    """Search the layers, rank them, keep the best one's connector in OUTPUT; the main process does it for all."""
-    output, stitch = Path(config.output), config.stitch
-    kept = output / "stitch.safetensors"
-    if processes.is_main and not kept.is_file():
-        batch = config.clips.micro_batch
+def check_layers(config: TrainLGMConfig, teacher: GeometryModel) -> None:
+    """Refuse layers after which the heads would miss tokens.
 
-        def pairs(index: list[int]) -> Iterator[Pair]:
-            for latents, views in material.clips.pairs(index, batch, parts.device):
-                yield at_view_rate(latents, base.view_rate, base.temporal_stride), views
-
-        layers = stitch.layers if stitch.layer is None else [stitch.layer]
-        unsafe = sorted(set(layers or ()) - set(parts.teacher.stitch_points()))
-        if unsafe:
-            raise UserError(
-                f"stitch.layers {unsafe} are not safe for this model's heads; take from {parts.teacher.stitch_points()}"
-            )
-        train, heldout = list(material.train)[: stitch.max_clips], list(material.heldout)
-        fits = search_layers(parts.teacher, pairs(train), pairs(heldout), base.stride, layers, stitch.ridge)
-        ranked = rank_downstream(
-            fits,
-            lambda fit: stitched(base.model_copy(update={"layer": fit.layer}), parts.teacher, fit, copy=False),
-            lambda: material.clips.pairs(heldout, batch, parts.device),
-            stitch.rank_by,
+    Raises:
+        UserError: names them, and those to take.
+    """
+    unsafe = sorted(set(_wanted_layers(config) or ()) - set(teacher.stitch_points()))
+    if unsafe:
+        field = "layers" if config.stitch.layer is None else "layer"
+        raise UserError(
+            f"stitch.{field} {unsafe}: not safe for this model's heads; take from {teacher.stitch_points()}"
         )
-        write_search(output, ranked, ranked[0].fit.layer, stitch.rank_by)
-        save_fit(kept, ranked[0].fit)
+
+
+def _wanted_layers(config: TrainLGMConfig) -> list[int] | None:
+    """Layers that the search fits; None: all that are safe."""
+    return config.stitch.layers if config.stitch.layer is None else [config.stitch.layer]
+
+
+def find_stitch(
+    config: TrainLGMConfig, parts: _Parts, material: Material, base: LGMConfig, processes: Processes, *, trained: bool
+) -> StitchFit:
+    """The best layer's connector: an earlier search's in OUTPUT if it was the same one, or a new search's.
+
+    The main process searches for all.
+
+    Args:
+        trained: checkpoints that started from the earlier search are there.
+
+    Raises:
+        UserError: another search is asked for than the checkpoints started from.
+    """
+    kept = Path(config.output) / "stitch.safetensors"
+    if processes.is_main:
+        train, heldout = list(material.train)[: config.stitch.max_clips], list(material.heldout)
+        origin = _search_origin(config, parts, [material.clips.keys[i] for i in (*train, *heldout)])
+        earlier = load_fit(kept).origin if kept.is_file() else None
+        if earlier not in (None, origin) and trained:
+            raise UserError(
+                f"the checkpoints in {config.output} started from a layer search with other clips, weights or stitch.* "
+                f"than now; set another output=DIR, or delete {config.output}/checkpoints to train anew"
+            )
+        if earlier != origin:
+            save_fit(kept, replace(_search(config, parts, material, base, train, heldout), origin=origin))
     processes.barrier()
     return load_fit(kept)
+
+
+def _search_origin(config: TrainLGMConfig, parts: _Parts, keys: list[str]) -> str:
+    """Digest of all that the layer search depends on: settings, weights, and the clips by their keys."""
+    inputs = {"stitch": config.stitch.model_dump(mode="json"), "clips": keys, **parts.hashes}
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+
+
+def _search(
+    config: TrainLGMConfig, parts: _Parts, material: Material, base: LGMConfig, train: list[int], heldout: list[int]
+) -> StitchFit:
+    """Fit every wanted layer, rank them, write what came out to OUTPUT; returns the best."""
+    stitch, batch = config.stitch, config.clips.micro_batch
+
+    def pairs(index: list[int]) -> Iterator[Pair]:
+        for latents, views in material.clips.pairs(index, batch, parts.device):
+            yield at_view_rate(latents, base.view_rate, base.temporal_stride), views
+
+    fits = search_layers(parts.teacher, pairs(train), pairs(heldout), base.stride, _wanted_layers(config), stitch.ridge)
+    ranked = rank_downstream(
+        fits,
+        lambda fit: stitched(base.model_copy(update={"layer": fit.layer}), parts.teacher, fit, copy=False),
+        lambda: material.clips.pairs(heldout, batch, parts.device),
+        stitch.rank_by,
+    )
+    write_search(Path(config.output), ranked, ranked[0].fit.layer, stitch.rank_by)
+    return ranked[0].fit
 
 
 def _lgm_config(config: TrainLGMConfig, parts: _Parts, material: Material) -> LGMConfig:
