@@ -25,10 +25,12 @@ from vggrpo.errors import UserError
 from vggrpo.geometry import GeometryPrediction
 from vggrpo.lgm import LatentGeometryModel
 from vggrpo.lgm import training as lgm_training
+from vggrpo.lgm.cache import CachedClips
 from vggrpo.lgm.clips import Clip
 from vggrpo.lgm.losses import distillation_loss
 from vggrpo.lgm.search import StitchFit, load_fit, save_fit
 from vggrpo.lgm.training import draw_batch, warmup_cosine
+from vggrpo.models.vggt import VGGT
 from vggrpo.pretraining import distill
 
 pytestmark = pytest.mark.e2e
@@ -142,6 +144,21 @@ def test_search_only_and_one_layer(place):
     assert [row["r2"] for row in table["layers"]] == sorted((row["r2"] for row in table["layers"]), reverse=True)
     with pytest.raises(UserError, match="not safe for this model's heads"):
         train(place, "unsafe", "stitch.layers=[0, 2]")
+
+
+def test_the_search_reads_a_bounded_number_of_clips(place, monkeypatch):
+    read = []
+    targets = CachedClips.targets
+
+    def counted(self, index, *rest):
+        read.append(len(index))
+        return targets(self, index, *rest)
+
+    monkeypatch.setattr(CachedClips, "targets", counted)
+    # Every layer is compared with the teacher's geometry in the cache, which is not computed again.
+    monkeypatch.setattr(VGGT, "forward", lambda *args: pytest.fail("the teacher's geometry is in the cache"))
+    train(place, "bounded", "stitch.max_heldout=1", "clips.heldout_share=0.6", search_only=True)
+    assert read == [1]
 
 
 def test_an_earlier_search_is_used_only_where_it_is_the_same(place, monkeypatch):

@@ -359,6 +359,14 @@ class CachedClips:
             rows = self.rows(index[low : low + batch], ("latents", "views"))
             yield rows["latents"].to(device).float(), rows["views"].to(device).float() / 255
 
+    def targets(
+        self, index: Sequence[int], batch: int, view_stride: int, device: Any = "cpu"
+    ) -> Iterator[tuple[Tensor, GeometryPrediction]]:
+        """Latents (B, C, T', H', W') and the teacher's geometry of the same clips, `batch` clips at a time."""
+        for low in range(0, len(index), batch):
+            rows = self.rows(index[low : low + batch])
+            yield rows["latents"].to(device).float(), self.geometry(rows, view_stride, device)
+
     def geometry(self, rows: Mapping[str, Tensor], view_stride: int, device: Any = "cpu") -> GeometryPrediction:
         """The teacher's prediction from what `rows` gave."""
         values = {k: rows[k].to(device) for k in (*_CAMERAS, *_MAPS) if k in rows}

@@ -62,11 +62,13 @@ def train_lgm(config: TrainLGMConfig, *, search_only: bool = False, progress: bo
         check_resumable(checkpoint.state["config"], config)
     parts = _Parts.load(config, processes)
     check_layers(config, parts.teacher)
-    material = make_cache(config, parts, processes)
+    # One process may work for hours alone: it has the longer videos, or searches the layers for all.
+    patient = processes.patient()
+    material = make_cache(config, parts, patient)
     if processes.is_main:
         atomic_write(output / "config.yaml", dump_lgm_config(config))
     base = _lgm_config(config, parts, material)
-    fit = find_stitch(config, parts, material, base, processes, trained=checkpoint is not None)
+    fit = find_stitch(config, parts, material, base, patient, trained=checkpoint is not None)
     if search_only:
         return output / "search.json"
     model = stitched(base.model_copy(update={"layer": fit.layer}), parts.teacher, fit)
@@ -196,7 +198,8 @@ def find_stitch(
     """
     kept = Path(config.output) / "stitch.safetensors"
     if processes.is_main:
-        train, heldout = list(material.train)[: config.stitch.max_clips], list(material.heldout)
+        train = list(material.train)[: config.stitch.max_clips]
+        heldout = list(material.heldout)[: config.stitch.max_heldout]
         origin = _search_origin(config, parts, [material.clips.keys[i] for i in (*train, *heldout)])
         earlier = load_fit(kept).origin if kept.is_file() else None
         if earlier not in (None, origin) and trained:
@@ -230,7 +233,7 @@ def _search(
     ranked = rank_downstream(
         fits,
         lambda fit: stitched(base.model_copy(update={"layer": fit.layer}), parts.teacher, fit, copy=False),
-        lambda: material.clips.pairs(heldout, batch, parts.device),
+        material.clips.targets(heldout, batch, material.view_stride, parts.device),
         stitch.rank_by,
     )
     write_search(Path(config.output), ranked, ranked[0].fit.layer, stitch.rank_by)
