@@ -190,6 +190,29 @@ def test_an_earlier_search_is_used_only_where_it_is_the_same(place, monkeypatch)
         train(place, "old", "stitch.layers=[0, 99]", search_only=True)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["stitch.layers=[0, 99]"], r"stitch\.layers \[99\]: not safe for this model's heads; take from \[0, 1"),
+        (["stitch.layers=null", "stitch.layer=99"], r"stitch\.layer \[99\]: not safe"),
+        (["distill.batch=5"], "distill.batch 5 cannot be shared by 2 processes; make it a multiple of 2"),
+        (["clips.generated_share=0.5", "clips.prompts=nowhere.txt"], "prompt file nowhere.txt does not exist"),
+    ],
+)
+def test_what_later_stages_would_refuse_is_refused_before_the_cache_is_made(place, monkeypatch, overrides, words):
+    monkeypatch.setattr(distill, "make_cache", lambda *args: pytest.fail("the cache takes hours"))
+    monkeypatch.setattr(Processes, "join", lambda: Processes(0, 2))
+    with pytest.raises(UserError, match=words):
+        train(place, "refused", *overrides)
+
+
+def test_cells_that_are_no_tokens_are_refused_before_the_cache_is_made(place, monkeypatch):
+    monkeypatch.setattr(distill, "make_cache", lambda *args: pytest.fail("the cache takes hours"))
+    monkeypatch.setattr(VGGT, "image_size_for", lambda self, size: (size[0], size[1] // 2))
+    with pytest.raises(UserError, match=r"4x6 latent cells do not divide into the 12 tokens.*multiples of 16"):
+        train(place, "refused")
+
+
 def test_what_does_not_fit_is_refused_before_anything_is_written(place):
     for override, words in (
         ("clips.num_frames=8", "4n[+]1, got 8; the nearest is 9"),

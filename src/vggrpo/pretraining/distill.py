@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from vggrpo.checkpoint import load_latest
 from vggrpo.config import EMBEDDED
@@ -34,8 +33,8 @@ from vggrpo.lgm.connector import at_view_rate
 from vggrpo.lgm.model import LGMConfig, geometry_licence
 from vggrpo.lgm.ranking import rank_downstream, write_search
 from vggrpo.lgm.search import Pair, StitchFit, load_fit, save_fit, search_layers
-from vggrpo.lgm.training import Material, distill, stitched
-from vggrpo.models.base import GeometryModel
+from vggrpo.lgm.training import Material, check_batch, distill, stitched
+from vggrpo.models.base import GeometryModel, LatentSpec
 from vggrpo.models.loading import load_geometry_model, load_video_model, pick_device
 from vggrpo.models.vae import VAE, ImageVAE, weights_hash
 from vggrpo.models.wan import WanVideoModel
@@ -61,13 +60,13 @@ def train_lgm(config: TrainLGMConfig, *, search_only: bool = False, progress: bo
     if checkpoint is not None:
         check_resumable(checkpoint.state["config"], config)
     parts = _Parts.load(config, processes)
-    check_layers(config, parts.teacher)
+    check_inputs(config, parts, processes)
     # One process may work for hours alone: it has the longer videos, or searches the layers for all.
     patient = processes.patient()
     material = make_cache(config, parts, patient)
     if processes.is_main:
         atomic_write(output / "config.yaml", dump_lgm_config(config))
-    base = _lgm_config(config, parts, material)
+    base = _lgm_config(config, parts)
     fit = find_stitch(config, parts, material, base, patient, trained=checkpoint is not None)
     if search_only:
         return output / "search.json"
@@ -129,6 +128,20 @@ class _Parts:
         path = config.geometry.path
         teacher = load_geometry_model(path).to(device)  # type: ignore[attr-defined]
         return cls(vae, teacher, generator, str(Path(path).resolve()) if Path(path).exists() else path, device)
+
+
+def check_inputs(config: TrainLGMConfig, parts: _Parts, processes: Processes) -> None:
+    """Refuse now what the stages after the cache would refuse: the cache takes hours.
+
+    Raises:
+        UserError: layers that are not safe, a batch that processes cannot share, latent cells that do not divide into
+            tokens, or no prompts for the generated clips.
+    """
+    check_layers(config, parts.teacher)
+    check_batch(config.distill.batch, processes.size)
+    connector_stride(parts.teacher, parts.vae.latent_spec, (config.clips.height, config.clips.width))
+    if config.clips.generated_share > 0:
+        _prompts(config, 1)
 
 
 def make_cache(config: TrainLGMConfig, parts: _Parts, processes: Processes) -> Material:
@@ -240,17 +253,16 @@ def _search(
     return ranked[0].fit
 
 
-def _lgm_config(config: TrainLGMConfig, parts: _Parts, material: Material) -> LGMConfig:
+def _lgm_config(config: TrainLGMConfig, parts: _Parts) -> LGMConfig:
     """The manifest, but for the layer."""
     spec = parts.vae.latent_spec
-    latents, views = next(material.clips.pairs(material.train[:1], 1, parts.device))
     return LGMConfig(
         geometry=parts.geometry_path,
         backend=parts.teacher.model_type,
         vae=config.video.path if config.video.path != EMBEDDED else "embedded",
         latent_channels=spec.channels,
         temporal_stride=spec.temporal_stride,
-        stride=connector_stride(parts.teacher, latents, views),
+        stride=connector_stride(parts.teacher, spec, (config.clips.height, config.clips.width)),
         view_rate=config.stitch.view_rate,
         lora_rank=config.distill.lora_rank,
         lora_alpha=config.distill.lora_alpha,
@@ -261,23 +273,24 @@ def _lgm_config(config: TrainLGMConfig, parts: _Parts, material: Material) -> LG
 
 
 @torch.no_grad()
-def connector_stride(teacher: GeometryModel, latents: Tensor, views: Tensor) -> int:
+def connector_stride(teacher: GeometryModel, spec: LatentSpec, size: tuple[int, int]) -> int:
     """Latent cells a token, per direction: 2 for a VAE that compresses by 8 and tokens of 16 pixels.
 
     Args:
-        latents: (1, C, T', H', W').
-        views: (1, S, 3, h, w) of the same clip.
+        size: pixels of the videos, (height, width).
 
     Raises:
         UserError: cells and tokens do not divide.
     """
+    *_, rows, columns = spec.latent_shape(1, *size)
     layer = teacher.stitch_points()[0]
-    tokens = teacher.tap(views[:, :1], layer).shape[2] - teacher.special_tokens(layer).shape[1]
-    cells = latents.shape[-2] * latents.shape[-1]
-    stride = round((cells / tokens) ** 0.5)
-    if stride < 1 or stride * stride * tokens != cells:
+    device = next(teacher.parameters()).device  # type: ignore[attr-defined]
+    frame = torch.zeros(1, 1, 3, *teacher.image_size_for(size), device=device)
+    tokens = teacher.tap(frame, layer).shape[2] - teacher.special_tokens(layer).shape[1]
+    stride = round((rows * columns / tokens) ** 0.5)
+    if stride < 1 or stride * stride * tokens != rows * columns:
         raise UserError(
-            f"{latents.shape[-2]}x{latents.shape[-1]} latent cells do not divide into the {tokens} tokens that the "
+            f"{rows}x{columns} latent cells do not divide into the {tokens} tokens that the "
             "geometry model makes of a frame; set clips.height and clips.width to multiples of 16"
         )
     return stride
@@ -306,18 +319,22 @@ def _rendered(seed: int, num_frames: int, size: tuple[int, int]) -> Iterator[Cli
 
 def _generated_sources(config: TrainLGMConfig, model: WanVideoModel, count: int) -> Iterator[Source]:
     """One source a prompt and seed; prompts repeat with new seeds when there are fewer than clips."""
-    if config.clips.prompts == EMBEDDED:
-        from vggrpo.world import sample_prompts
-
-        prompts = sample_prompts(count, config.seed, split="train")
-    else:
-        from vggrpo.io.prompts import read_prompts
-
-        prompts = read_prompts(config.clips.prompts)
+    prompts = _prompts(config, count)
     for i in range(count):
         prompt = prompts[i % len(prompts)]
         name = f"generated/{config.seed}/{i}/{prompt}"  # with the seed: runs of several seeds may share a cache
         yield Source(name, lambda i=i, prompt=prompt, name=name: _generated(config, model, prompt, i, name))  # type: ignore[misc]
+
+
+def _prompts(config: TrainLGMConfig, count: int) -> list[str]:
+    """Prompts of `count` generated clips; those of a file are all that it has."""
+    if config.clips.prompts == EMBEDDED:
+        from vggrpo.world import sample_prompts
+
+        return sample_prompts(count, config.seed, split="train")
+    from vggrpo.io.prompts import read_prompts
+
+    return read_prompts(config.clips.prompts)
 
 
 @torch.no_grad()
