@@ -255,6 +255,14 @@ def test_a_run_takes_the_first_clips_of_its_own_sources(tmp_path):
     assert len(clips.first_of(names, 99)) == 24 and clips.first_of([], 5) == []
 
 
+def test_a_run_finds_its_clips_under_the_names_of_others(tmp_path):
+    folder = write_videos(tmp_path / "videos", 2)
+    build(tmp_path / "cache", folder)
+    (folder / "v1.mp4").rename(folder / "renamed.mp4")
+    clips = build(tmp_path / "cache", folder)
+    assert len(clips) == 2 and clips.first_of(["renamed.mp4", "v1.mp4", "v0.mp4"], 3) == ["v1.mp4#0", "v0.mp4#0"]
+
+
 def test_generated_clips_and_unknown_depth():
     latents = torch.randn(3, 3, 4, 6, generator=torch.Generator().manual_seed(0))
     (row,) = encode_clips([Clip("g#0", latents=latents, kind="generated")], BlockVAE(), teacher(), 4)

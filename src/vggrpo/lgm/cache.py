@@ -178,7 +178,7 @@ class _Writer:
         self.rows: list[dict[str, Tensor]] = []
         self.clips: list[dict[str, str]] = []
         self.hashes = {clip["hash"] for shard in read_sidecars(directory) for clip in shard["clips"]}
-        self.duplicates: list[str] = []
+        self.duplicates: dict[str, str] = {}  # hashes by key
         self.done: dict[str, int] = {}
         self.skipped: dict[str, str] = {}
 
@@ -187,7 +187,7 @@ class _Writer:
         assert content is not None
         digest = hashlib.sha256(content.contiguous().numpy().tobytes()).hexdigest()
         if digest in self.hashes:
-            self.duplicates.append(clip.key)
+            self.duplicates[clip.key] = digest
             return
         self.hashes.add(digest)
         self.clips.append({"key": clip.key, "hash": digest, "kind": clip.kind})
@@ -218,7 +218,7 @@ class _Writer:
             "done": self.done, "skipped": self.skipped,
         }  # fmt: skip
         atomic_write_json(shard.with_suffix(".json"), content)
-        self.rows, self.clips, self.duplicates, self.done, self.skipped = [], [], [], {}, {}
+        self.rows, self.clips, self.duplicates, self.done, self.skipped = [], [], {}, {}, {}
 
 
 @torch.no_grad()
@@ -297,6 +297,13 @@ class CachedClips:
             self.keys.append(clip["key"])
             self.kinds.append(clip["kind"])
             self._places.append((shard, place))
+        # A clip goes by every name that its content was found under.
+        hashes = {clip["key"]: clip["hash"] for clip, _, _ in found}
+        for row in sidecars:
+            if isinstance(row["duplicates"], dict):  # once it was a list of keys alone
+                hashes |= row["duplicates"]
+        kept = {hashes[key]: key for key in self.keys}
+        self._names = {name: kept[digest] for name, digest in hashes.items() if digest in kept}
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -304,17 +311,18 @@ class CachedClips:
     def first_of(self, sources: Iterable[str], at_most: int) -> list[str]:
         """Keys of the first clips of these sources, in the order of the sources and of the frames in each.
 
-        What else is in the cache does not matter, so a run takes the clips that a cache of its own would hold.
+        What else is in the cache does not matter, so a run takes the clips that a cache of its own would hold. A clip
+        that is kept under the name of another source has that key.
         """
         there: dict[str, list[str]] = {}
-        for key in self.keys:
-            there.setdefault(source_of(key), []).append(key)
-        chosen: list[str] = []
+        for name in self._names:
+            there.setdefault(source_of(name), []).append(name)
+        names: list[str] = []
         for source in sources:
-            chosen += sorted(there.get(source, ()), key=_first_frame)
-            if len(chosen) >= at_most:
+            names += sorted(there.get(source, ()), key=_first_frame)
+            if len(names) >= at_most:
                 break
-        return chosen[:at_most]
+        return list(dict.fromkeys(self._names[name] for name in names[:at_most]))
 
     def split(self, share: float, among: Collection[str]) -> tuple[list[int], list[int]]:
         """Clips to train on and clips held out: whole sources, chosen by their names' hashes; at least one of each.
