@@ -94,6 +94,8 @@ class StitchConfig(Section):
     """Penalty of the regression, relative to the mean square of the latents."""
     max_clips: int = Field(default=512, ge=1)
     """Training clips that the search reads."""
+    max_heldout: int = Field(default=64, ge=1)
+    """Held-out clips that layers are scored and ranked on."""
 
 
 class DistillConfig(Section):

@@ -14,7 +14,7 @@ import signal
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -38,12 +38,14 @@ class Processes:
         size: number of processes.
         local_rank: this process on its machine, which picks the GPU.
         even: refuse shares of unequal size; with split weights a process with less work would leave the others waiting.
+        meeting: where `barrier` waits; None: where everything else is exchanged, for `join`'s time.
     """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     even: bool = False
+    meeting: torch.distributed.ProcessGroup | None = None
 
     @classmethod
     def join(cls, timeout_minutes: float = 30.0) -> Processes:
@@ -68,6 +70,16 @@ class Processes:
             with _together():
                 torch.distributed.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
         return cls(torch.distributed.get_rank(), size, local_rank)
+
+    def patient(self) -> Processes:
+        """The same processes, but `barrier` waits for days: for stages in which one may work for hours alone.
+
+        All processes call it together. One that dies still ends the others at once, its connections close.
+        """
+        if self.size == 1:
+            return self
+        with _together():
+            return replace(self, meeting=torch.distributed.new_group(backend="gloo", timeout=timedelta(days=7)))
 
     @property
     def is_main(self) -> bool:
@@ -139,7 +151,7 @@ class Processes:
         """Wait for all."""
         if self.size > 1:
             with _together():
-                torch.distributed.barrier()
+                torch.distributed.barrier(group=self.meeting)
 
 
 _LAUNCHERS = (

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,13 +20,17 @@ from safetensors.torch import load_file, save_file
 
 from vggrpo.checkpoint import load_latest
 from vggrpo.config_lgm import load_lgm_config
+from vggrpo.distributed import Processes
 from vggrpo.errors import UserError
 from vggrpo.geometry import GeometryPrediction
 from vggrpo.lgm import LatentGeometryModel
 from vggrpo.lgm import training as lgm_training
+from vggrpo.lgm.cache import CachedClips
+from vggrpo.lgm.clips import Clip
 from vggrpo.lgm.losses import distillation_loss
 from vggrpo.lgm.search import StitchFit, load_fit, save_fit
 from vggrpo.lgm.training import draw_batch, warmup_cosine
+from vggrpo.models.vggt import VGGT
 from vggrpo.pretraining import distill
 
 pytestmark = pytest.mark.e2e
@@ -138,7 +143,74 @@ def test_search_only_and_one_layer(place):
     table = json.loads(train(place, "r2", "stitch.rank_by=r2", search_only=True).read_text())
     assert [row["r2"] for row in table["layers"]] == sorted((row["r2"] for row in table["layers"]), reverse=True)
     with pytest.raises(UserError, match="not safe for this model's heads"):
-        train(place, "unsafe", "stitch.layers=[0, 2]")
+        train(place, "unsafe", "stitch.layers=[0, 3]")
+
+
+def test_the_search_reads_a_bounded_number_of_clips(place, monkeypatch):
+    read = []
+    targets = CachedClips.targets
+
+    def counted(self, index, *rest):
+        read.append(len(index))
+        return targets(self, index, *rest)
+
+    monkeypatch.setattr(CachedClips, "targets", counted)
+    # Every layer is compared with the teacher's geometry in the cache, which is not computed again.
+    monkeypatch.setattr(VGGT, "forward", lambda *args: pytest.fail("the teacher's geometry is in the cache"))
+    train(place, "bounded", "stitch.max_heldout=1", "clips.heldout_share=0.6", search_only=True)
+    assert read == [1]
+
+
+def test_an_earlier_search_is_used_only_where_it_is_the_same(place, monkeypatch):
+    """The workflow of docs/train_lgm.md: search, look, then fix the layer in the same output."""
+    searches = []
+    search = distill.search_layers
+    monkeypatch.setattr(distill, "search_layers", lambda *args: searches.append(args[4]) or search(*args))
+    whole = place / "whole" / "stitch.safetensors"
+    other = 1 - load_fit(whole).layer
+    train(place, "fixed", search_only=True)
+    train(place, "fixed", search_only=True)
+    assert searches == [[0, 1]]  # the second time it is read
+    fixed = ("stitch.layers=null", f"stitch.layer={other}", "updates=1")
+    train(place, "fixed", *fixed)
+    assert searches == [[0, 1], [other]]
+    model = LatentGeometryModel.from_pretrained(place / "fixed" / "lgm")
+    assert model.config.layer == other == json.loads((place / "fixed" / "search.json").read_text())["chosen"]
+    # Once there is a checkpoint, a search that is not its own is refused.
+    kept = place / "fixed" / "stitch.safetensors"
+    save_fit(kept, replace(load_fit(kept), origin="of other clips"))
+    with pytest.raises(UserError, match=r"other clips, weights or stitch\.\* than now; set another output=DIR"):
+        train(place, "fixed", *fixed)
+    # A file of before origins were recorded is searched again.
+    (place / "old").mkdir()
+    save_fit(place / "old" / "stitch.safetensors", replace(load_fit(whole), origin=""))
+    train(place, "old", "stitch.rank_by=r2", search_only=True)
+    assert searches[2:] == [[0, 1]] and load_fit(place / "old" / "stitch.safetensors").origin
+    with pytest.raises(UserError, match="not safe for this model's heads"):
+        train(place, "old", "stitch.layers=[0, 99]", search_only=True)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["stitch.layers=[0, 99]"], r"stitch\.layers \[99\]: not safe for this model's heads; take from \[0, 1"),
+        (["stitch.layers=null", "stitch.layer=99"], r"stitch\.layer \[99\]: not safe"),
+        (["distill.batch=5"], "distill.batch 5 cannot be shared by 2 processes; make it a multiple of 2"),
+        (["clips.generated_share=0.5", "clips.prompts=nowhere.txt"], "prompt file nowhere.txt does not exist"),
+    ],
+)
+def test_what_later_stages_would_refuse_is_refused_before_the_cache_is_made(place, monkeypatch, overrides, words):
+    monkeypatch.setattr(distill, "make_cache", lambda *args: pytest.fail("the cache takes hours"))
+    monkeypatch.setattr(Processes, "join", lambda: Processes(0, 2))
+    with pytest.raises(UserError, match=words):
+        train(place, "refused", *overrides)
+
+
+def test_cells_that_are_no_tokens_are_refused_before_the_cache_is_made(place, monkeypatch):
+    monkeypatch.setattr(distill, "make_cache", lambda *args: pytest.fail("the cache takes hours"))
+    monkeypatch.setattr(VGGT, "image_size_for", lambda self, size: (size[0], size[1] // 2))
+    with pytest.raises(UserError, match=r"4x6 latent cells do not divide into the 12 tokens.*multiples of 16"):
+        train(place, "refused")
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_written(place):
@@ -157,6 +229,40 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(place):
     teacher(7).save_pretrained(place / "other")
     with pytest.raises(UserError, match="another teacher"):
         train(place, "new", f"geometry.path={place / 'other'}")
+
+
+def keys_of(material):
+    return [{material.clips.keys[i] for i in part} for part in (material.train, material.heldout)]
+
+
+def test_a_shared_cache_gives_each_run_its_own_clips(place):
+    """A run of fewer clips, or another seed, takes what a cache of its own would hold."""
+
+    def material(name, *overrides):
+        settings = config(place, name, "clips.generated_share=0.5", *overrides)
+        parts = distill._Parts(BlockVAE(), teacher(), Generator(), "vggt", torch.device("cpu"))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(distill, "_generated", generated)
+            return keys_of(distill.make_cache(settings, parts, Processes()))
+
+    def generated(config, model, prompt, number, name):
+        noise = torch.Generator().manual_seed(1000 * config.seed + number)
+        yield Clip(f"{name}#0", latents=torch.randn(3, 3, 4, 6, generator=noise), kind="generated")
+
+    class Generator:
+        """Nothing of it is asked."""
+
+    shared = f"cache={place / 'shared'}"
+    whole = material("a", shared)
+    few = material("b", shared, "clips.max_clips=3")
+    assert few == material("c", f"cache={place / 'own'}", "clips.max_clips=3") and len(set.union(*few)) == 6
+    other = material("d", shared, "seed=5")
+    for keys, seed in ((whole, 0), (few, 0), (other, 5)):
+        made = {key for key in set.union(*keys) if key.startswith("generated/")}
+        assert 2 * len(made) == len(set.union(*keys)) and all(key.startswith(f"generated/{seed}/") for key in made)
+    assert material("e", shared) == whole
+    with pytest.raises(UserError, match=r"another clips\.clips_per_video"):
+        material("f", shared, "clips.clips_per_video=3")
 
 
 def test_frame_rate_and_a_square_clip_train_too(place):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
@@ -45,6 +46,19 @@ def test_processes_need_a_place_to_meet(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="MASTER_ADDR"):
         Processes.join()
+
+
+def test_patient_processes_meet_apart_and_wait_for_days(monkeypatch):
+    """While one searches layers or makes the last clips, the others may wait longer than `join` allows."""
+    made, met = [], []
+    monkeypatch.setattr(torch.distributed, "new_group", lambda **options: made.append(options) or "room")
+    monkeypatch.setattr(torch.distributed, "barrier", lambda group: met.append(group))
+    patient = Processes(1, 2).patient()
+    patient.barrier()
+    Processes(1, 2).barrier()
+    assert met == ["room", None] and (patient.rank, patient.size) == (1, 2)
+    assert made[0]["timeout"] >= timedelta(days=1) and made[0]["backend"] == "gloo"
+    assert Processes().patient() == Processes() and len(made) == 1
 
 
 def test_all_processes_go_on_from_one_checkpoint(monkeypatch, tmp_path):

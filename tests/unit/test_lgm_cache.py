@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import tarfile
@@ -58,6 +59,43 @@ def test_folders_manifests_tars_and_globs_hold_the_same_clips(tmp_path):
         got = [clip.video for source in sources(path) for clip in source.clips()]
         assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
     assert len([clip for source in sources(folder, clips_per_video=1) for clip in source.clips()]) == 3
+
+
+def write_scenes(folder, count=4, length=2 * FRAMES):
+    """One folder a scene, and in each a video (and a tar with one) of the same name."""
+    for i in range(count):
+        scene = folder / f"scene{i}"
+        scene.mkdir(parents=True)
+        write_video(scene / "video.mp4", frames(i, length), 10)
+        write_manifest(scene / "m.jsonl", [ManifestRow("video.mp4", "p", i, 10, "real")])
+        with tarfile.open(scene / "shard.tar", "w") as archive:
+            archive.add(scene / "video.mp4", arcname="video.mp4")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name"),
+    [
+        ("*/video.mp4", "{}/video.mp4"),
+        ("scene[0-9]", "{}/video.mp4"),
+        ("**", "{}/video.mp4"),  # finds folders, files, manifests and tars
+        ("*/m.jsonl", "{}/video.mp4"),
+        ("*/shard.tar", "{}/shard.tar/video.mp4"),
+    ],
+)
+def test_equal_file_names_in_several_folders_are_several_sources(tmp_path, pattern, name):
+    found = [source.name for source in sources(write_scenes(tmp_path / "scenes") / pattern)]
+    wanted = [name.format(f"scene{i}") for i in range(4)]
+    assert [n for n in found if pattern != "**" or "shard.tar" not in n] == wanted and len(found) == len(set(found))
+
+
+def test_a_cache_of_equal_file_names_goes_on_and_holds_out_whole_videos(tmp_path):
+    pattern = write_scenes(tmp_path / "scenes") / "*/video.mp4"
+    whole = build(tmp_path / "whole", pattern)
+    assert len(whole) == 8 and all(len(part) in (2, 4, 6) for part in whole.split(0.5, whole.keys))
+    interrupted(tmp_path / "cut", pattern, 2)
+    assert len(CachedClips(tmp_path / "cut")) == 4
+    assert_same_clips(contents(build(tmp_path / "cut", pattern)), contents(whole))
 
 
 def test_bad_videos_are_passed_over_and_named(tmp_path, caplog):
@@ -120,18 +158,22 @@ def assert_same_clips(one, two):
         assert all(torch.equal(one[key][name], two[key][name]) for name in one[key])
 
 
+def interrupted(cache, path, after):
+    """Build, but for a Ctrl-C after so many sources."""
+
+    def stopping():
+        yield from itertools.islice(sources(path), after)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_cache(cache, stopping(), BlockVAE(), teacher(), SETTINGS, max_clips=99)
+
+
 def test_an_interrupted_cache_goes_on(tmp_path):
     folder = write_videos(tmp_path / "videos", 5, length=2 * FRAMES)
     whole = contents(build(tmp_path / "whole", folder))
 
-    def interrupted():
-        for n, source in enumerate(sources(folder)):
-            if n == 3:
-                raise KeyboardInterrupt
-            yield source
-
-    with pytest.raises(KeyboardInterrupt):
-        build_cache(tmp_path / "cut", interrupted(), BlockVAE(), teacher(), SETTINGS, max_clips=99)
+    interrupted(tmp_path / "cut", folder, 3)
     (tmp_path / "cut" / ".clips-x.partial.safetensors").write_bytes(b"half a shard")
     assert 0 < len(CachedClips(tmp_path / "cut")) < 10
     opened = []
@@ -193,13 +235,32 @@ def test_the_number_of_clips_is_bounded_and_processes_share_them(tmp_path):
 
 def test_held_out_clips_are_of_other_videos(tmp_path):
     clips = build(tmp_path / "cache", write_videos(tmp_path / "videos", 5, length=2 * FRAMES))
-    train, heldout = clips.split(0.3)
+    train, heldout = clips.split(0.3, clips.keys)
     videos = [{clips.keys[i].split("#")[0] for i in part} for part in (train, heldout)]
     assert sorted(train + heldout) == list(range(10)) and all(videos) and not videos[0] & videos[1]
     for share in (1e-9, 1 - 1e-9):
-        assert all(clips.split(share))
+        assert all(clips.split(share, clips.keys))
+    few = [key for key in clips.keys if not key.startswith("v3")]
+    parts = clips.split(0.3, few)
+    assert sorted(clips.keys[i] for part in parts for i in part) == sorted(few)
     with pytest.raises(UserError, match="one must be held out"):
-        build(tmp_path / "one", write_videos(tmp_path / "single", 1)).split(0.5)
+        clips.split(0.5, ["v3.mp4#0", "v3.mp4#9"])
+
+
+def test_a_run_takes_the_first_clips_of_its_own_sources(tmp_path):
+    clips = build(tmp_path / "cache", write_videos(tmp_path / "videos", 3, length=12 * FRAMES), clips_per_video=12)
+    names = ["absent.mp4", "v2.mp4", "v0.mp4"]
+    frames_of = [f"#{FRAMES * i}" for i in range(12)]  # in the order of time: #9 before #18 and #108
+    assert clips.first_of(names, 13) == [*("v2.mp4" + frame for frame in frames_of), "v0.mp4#0"]
+    assert len(clips.first_of(names, 99)) == 24 and clips.first_of([], 5) == []
+
+
+def test_a_run_finds_its_clips_under_the_names_of_others(tmp_path):
+    folder = write_videos(tmp_path / "videos", 2)
+    build(tmp_path / "cache", folder)
+    (folder / "v1.mp4").rename(folder / "renamed.mp4")
+    clips = build(tmp_path / "cache", folder)
+    assert len(clips) == 2 and clips.first_of(["renamed.mp4", "v1.mp4", "v0.mp4"], 3) == ["v1.mp4#0", "v0.mp4#0"]
 
 
 def test_generated_clips_and_unknown_depth():

@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -156,6 +156,10 @@ def source_of(key: str) -> str:
     return key.rsplit("#", 1)[0]
 
 
+def _first_frame(key: str) -> int:
+    return int(key.rsplit("#", 1)[1])
+
+
 def _finished(directory: Path) -> tuple[dict[str, int], set[str]]:
     """Sources all of whose clips are there, with their number, and the keys of all clips."""
     sidecars = read_sidecars(directory)
@@ -174,7 +178,7 @@ class _Writer:
         self.rows: list[dict[str, Tensor]] = []
         self.clips: list[dict[str, str]] = []
         self.hashes = {clip["hash"] for shard in read_sidecars(directory) for clip in shard["clips"]}
-        self.duplicates: list[str] = []
+        self.duplicates: dict[str, str] = {}  # hashes by key
         self.done: dict[str, int] = {}
         self.skipped: dict[str, str] = {}
 
@@ -183,7 +187,7 @@ class _Writer:
         assert content is not None
         digest = hashlib.sha256(content.contiguous().numpy().tobytes()).hexdigest()
         if digest in self.hashes:
-            self.duplicates.append(clip.key)
+            self.duplicates[clip.key] = digest
             return
         self.hashes.add(digest)
         self.clips.append({"key": clip.key, "hash": digest, "kind": clip.kind})
@@ -214,7 +218,7 @@ class _Writer:
             "done": self.done, "skipped": self.skipped,
         }  # fmt: skip
         atomic_write_json(shard.with_suffix(".json"), content)
-        self.rows, self.clips, self.duplicates, self.done, self.skipped = [], [], [], {}, {}
+        self.rows, self.clips, self.duplicates, self.done, self.skipped = [], [], {}, {}, {}
 
 
 @torch.no_grad()
@@ -293,26 +297,54 @@ class CachedClips:
             self.keys.append(clip["key"])
             self.kinds.append(clip["kind"])
             self._places.append((shard, place))
+        # A clip goes by every name that its content was found under.
+        hashes = {clip["key"]: clip["hash"] for clip, _, _ in found}
+        for row in sidecars:
+            if isinstance(row["duplicates"], dict):  # once it was a list of keys alone
+                hashes |= row["duplicates"]
+        kept = {hashes[key]: key for key in self.keys}
+        self._names = {name: kept[digest] for name, digest in hashes.items() if digest in kept}
 
     def __len__(self) -> int:
         return len(self.keys)
 
-    def split(self, share: float) -> tuple[list[int], list[int]]:
+    def first_of(self, sources: Iterable[str], at_most: int) -> list[str]:
+        """Keys of the first clips of these sources, in the order of the sources and of the frames in each.
+
+        What else is in the cache does not matter, so a run takes the clips that a cache of its own would hold. A clip
+        that is kept under the name of another source has that key.
+        """
+        there: dict[str, list[str]] = {}
+        for name in self._names:
+            there.setdefault(source_of(name), []).append(name)
+        names: list[str] = []
+        for source in sources:
+            names += sorted(there.get(source, ()), key=_first_frame)
+            if len(names) >= at_most:
+                break
+        return list(dict.fromkeys(self._names[name] for name in names[:at_most]))
+
+    def split(self, share: float, among: Collection[str]) -> tuple[list[int], list[int]]:
         """Clips to train on and clips held out: whole sources, chosen by their names' hashes; at least one of each.
 
+        Args:
+            among: keys of the clips to split; all others are in neither part.
+
         Raises:
-            UserError: there are fewer than two sources.
+            UserError: they are of fewer than two sources.
         """
-        ranked = sorted({source_of(key) for key in self.keys}, key=_rank)
+        among = frozenset(among)
+        ranked = sorted({source_of(key) for key in among}, key=_rank)
         if len(ranked) < 2:
             raise UserError(
-                f"the cache holds clips of {len(ranked)} video(s), and one must be held out; give clips.videos more "
+                f"there are clips of {len(ranked)} video(s), and one must be held out; give clips.videos more "
                 "videos, or see the warnings above for why they were passed over"
             )
         count = min(max(1, sum(_rank(name) < share for name in ranked)), len(ranked) - 1)
         heldout = set(ranked[:count])
-        train = [i for i, key in enumerate(self.keys) if source_of(key) not in heldout]
-        return train, [i for i, key in enumerate(self.keys) if source_of(key) in heldout]
+        chosen = [i for i, key in enumerate(self.keys) if key in among]
+        train = [i for i in chosen if source_of(self.keys[i]) not in heldout]
+        return train, [i for i in chosen if source_of(self.keys[i]) in heldout]
 
     def rows(self, index: Sequence[int], names: Sequence[str] | None = None) -> dict[str, Tensor]:
         """The named columns (default: all) of some clips, stacked.
@@ -334,6 +366,14 @@ class CachedClips:
         for low in range(0, len(index), batch):
             rows = self.rows(index[low : low + batch], ("latents", "views"))
             yield rows["latents"].to(device).float(), rows["views"].to(device).float() / 255
+
+    def targets(
+        self, index: Sequence[int], batch: int, view_stride: int, device: Any = "cpu"
+    ) -> Iterator[tuple[Tensor, GeometryPrediction]]:
+        """Latents (B, C, T', H', W') and the teacher's geometry of the same clips, `batch` clips at a time."""
+        for low in range(0, len(index), batch):
+            rows = self.rows(index[low : low + batch])
+            yield rows["latents"].to(device).float(), self.geometry(rows, view_stride, device)
 
     def geometry(self, rows: Mapping[str, Tensor], view_stride: int, device: Any = "cpu") -> GeometryPrediction:
         """The teacher's prediction from what `rows` gave."""

@@ -7,6 +7,7 @@ the cache records why and goes on with the next.
 from __future__ import annotations
 
 import glob
+import itertools
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
@@ -62,41 +63,61 @@ def video_sources(
 ) -> Iterator[Source]:
     """The videos of a folder (and its sub-folders), a manifest, a tar shard or a glob of any of them, in a fixed order.
 
+    A source is named by its path in the folder, or, of a glob, by its path after the folders that hold no wildcard:
+    `scenes/*/video.mp4` gives `a/video.mp4` and `b/video.mp4`. A name comes once.
+
     Raises:
         UserError: nothing is there.
     """
     cut = _Cutter(num_frames, size, frame_stride, min_kept, clips_per_video)
-    found = [Path(p) for p in sorted(glob.glob(path, recursive=True))] if glob.has_magic(path) else [Path(path)]
-    count = 0
-    for root in found:
+    named: set[str] = set()
+    for root, base in _roots(path):
         if not root.exists():
             raise UserError(f"clips.videos {path} does not exist; give a folder, a manifest (.jsonl) or .tar shards")
-        for source in _sources_of(root, cut):
-            count += 1
-            yield source
-    if not count:
+        for source in _sources_of(root, base, cut):
+            if source.name not in named:  # `**` finds a folder and the files in it
+                named.add(source.name)
+                yield source
+    if not named:
         raise UserError(f"clips.videos {path} holds no video ({', '.join(SUFFIXES)}, in folders or .tar shards)")
 
 
-def _sources_of(root: Path, cut: _Cutter) -> Iterator[Source]:
+def _roots(path: str) -> list[tuple[Path, Path]]:
+    """What `path` names, each with the folder that its videos' names are relative to."""
+    if not glob.has_magic(path):
+        root = Path(path)
+        return [(root, root if root.is_dir() else root.parent)]
+    fixed = itertools.takewhile(lambda part: not glob.has_magic(part), Path(path).parts)
+    base = Path(*fixed)
+    return [(Path(found), base) for found in sorted(glob.glob(path, recursive=True))]
+
+
+def _sources_of(root: Path, base: Path, cut: _Cutter) -> Iterator[Source]:
+    if root.suffix == ".tar" and not root.is_dir():
+        yield from _tar_sources(root, str(root.relative_to(base)), cut)
+        return
     if root.is_dir():
-        for file in sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")):
-            yield Source(str(file.relative_to(root)), _from_file(file, str(file.relative_to(root)), cut))
-    elif root.suffix == ".tar":
-        yield from _tar_sources(root, cut)
+        files = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
     elif root.suffix == ".jsonl":
-        for row in read_manifest(root):
-            yield Source(row.path, _from_file(root.parent / row.path, row.path, cut))
+        files = [root.parent / row.path for row in read_manifest(root)]
     else:
-        yield Source(root.name, _from_file(root, root.name, cut))
+        files = [root]
+    for file in files:
+        # A manifest may name files that are elsewhere; such a path is a name of its own.
+        name = str(file.relative_to(base)) if file.is_relative_to(base) else str(file)
+        yield Source(name, _from_file(file, name, cut))
 
 
 def _from_file(file: Path, name: str, cut: _Cutter) -> Callable[[], Iterator[Clip]]:
     return lambda: cut(file, name)
 
 
-def _tar_sources(path: Path, cut: _Cutter) -> Iterator[Source]:
-    """Videos of one shard, by its table of contents; each is copied out when it is its turn."""
+def _tar_sources(path: Path, shard: str, cut: _Cutter) -> Iterator[Source]:
+    """Videos of one shard, by its table of contents; each is copied out when it is its turn.
+
+    Args:
+        shard: its name, which the names of its videos begin with.
+    """
     try:
         with tarfile.open(path) as archive:
             members = [m.name for m in archive if m.isfile() and m.name.lower().endswith(SUFFIXES)]
@@ -110,12 +131,12 @@ def _tar_sources(path: Path, cut: _Cutter) -> Iterator[Source]:
                 target = Path(folder) / f"video{Path(member).suffix}"
                 handle = archive.extractfile(member)
                 target.write_bytes(handle.read() if handle is not None else b"")
-                yield from cut(target, f"{path.name}/{member}")
+                yield from cut(target, f"{shard}/{member}")
 
         return clips
 
     for member in members:
-        yield Source(f"{path.name}/{member}", extracted(member))
+        yield Source(f"{shard}/{member}", extracted(member))
 
 
 @dataclass(frozen=True)

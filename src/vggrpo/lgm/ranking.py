@@ -6,19 +6,25 @@ front of the rest of the network, and depth, cameras and flow are compared with 
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from vggrpo.errors import UserError
+from vggrpo.geometry import GeometryPrediction
 from vggrpo.io.atomic import atomic_write, atomic_write_json
 from vggrpo.lgm.losses import geometry_errors
 from vggrpo.lgm.model import LatentGeometryModel
-from vggrpo.lgm.search import Pair, StitchFit
+from vggrpo.lgm.search import StitchFit
 
 ERRORS = ("abs_rel", "translation", "rotation", "fov", "flow")
+_DECISIVE = ERRORS[:3]
 
 
 @dataclass(frozen=True)
@@ -27,7 +33,8 @@ class RankedFit:
 
     Attributes:
         errors: of the stitched network against the RGB network on held-out clips (`geometry_errors`), means.
-        downstream: mean over depth, translation and rotation of the error, in units of the median layer's.
+        downstream: mean over depth, translation and rotation of the error, in units of the median layer's; NaN where
+            one of them is no number for some clip.
     """
 
     fit: StitchFit
@@ -39,29 +46,49 @@ class RankedFit:
 def rank_downstream(
     fits: Sequence[StitchFit],
     build: Callable[[StitchFit], LatentGeometryModel],
-    heldout: Callable[[], Iterable[Pair]],
+    heldout: Iterable[tuple[Tensor, GeometryPrediction]],
     by: str = "downstream",
 ) -> list[RankedFit]:
-    """Best first.
+    """Best first; a layer whose score is no number comes last.
 
     Args:
-        build: the network with the connector of a fit, without LoRA.
-        heldout: latents (B, C, T', H', W') and views (B, S, 3, h, w) in [0, 1], from the beginning at each call.
+        build: the network with the connector of a fit, without LoRA; all are kept, so they should share their weights.
+        heldout: latents (B, C, T', H', W') and the RGB network's geometry of the same clips; read once.
         by: "downstream" or "r2".
+
+    Raises:
+        UserError: no layer has a finite score.
     """
-    rows: list[dict[str, float]] = []
-    for fit in fits:
-        model = build(fit)
-        parts: dict[str, list[torch.Tensor]] = {}
-        for latents, views in heldout():
-            for name, value in geometry_errors(model(latents), model.geometry(views)).items():
+    models = [build(fit) for fit in fits]
+    columns: list[dict[str, list[Tensor]]] = [{} for _ in fits]
+    for latents, target in heldout:
+        for model, parts in zip(models, columns, strict=True):
+            for name, value in geometry_errors(model(latents), target).items():
                 parts.setdefault(name, []).append(value)
-        rows.append({name: torch.cat(values).nanmean().item() for name, values in parts.items()})
-    main = ERRORS[:3]
-    middle = {name: max(sorted(row[name] for row in rows)[len(rows) // 2], 1e-12) for name in main}
-    scores = [sum(row[name] / middle[name] for name in main) / len(main) for row in rows]
+    rows = [{name: _mean(name, torch.cat(values)) for name, values in parts.items()} for parts in columns]
+    middle = {name: _middle([row[name] for row in rows]) for name in _DECISIVE}
+    scores = [sum(row[name] / middle[name] for name in _DECISIVE) / len(_DECISIVE) for row in rows]
+    costs = scores if by == "downstream" else [-fit.r2 for fit in fits]
+    if not any(map(math.isfinite, costs)):
+        raise UserError(
+            "no layer of the search gives finite geometry on the held-out clips; raise stitch.ridge, give it more "
+            "clips (clips.max_clips), or look at the latents"
+        )
     ranked = [RankedFit(fit, row, score) for fit, row, score in zip(fits, rows, scores, strict=True)]
-    return sorted(ranked, key=lambda r: r.downstream if by == "downstream" else -r.fit.r2)
+    order = sorted(range(len(fits)), key=lambda i: (not math.isfinite(costs[i]), costs[i]))
+    return [ranked[i] for i in order]
+
+
+def _mean(name: str, values: Tensor) -> float:
+    """Over clips. NaN says of flow and masks that nothing moves, and is left out; of depth and cameras that the
+    network failed, and stays."""
+    return (values.mean() if name in _DECISIVE else values.nanmean()).item()
+
+
+def _middle(values: list[float]) -> float:
+    """The median of the finite ones, which the errors are in units of; never zero."""
+    finite = [value for value in values if math.isfinite(value)]
+    return max(statistics.median_high(finite), 1e-12) if finite else 1.0
 
 
 def write_search(directory: Path, ranked: Sequence[RankedFit], chosen: int, by: str) -> None:
@@ -70,8 +97,8 @@ def write_search(directory: Path, ranked: Sequence[RankedFit], chosen: int, by: 
     from rich.table import Table
 
     rows: list[dict[str, Any]] = [
-        {"layer": r.fit.layer, "r2": r.fit.r2, "downstream": r.downstream}
-        | {name: (value if value == value else None) for name, value in r.errors.items()}
+        {"layer": r.fit.layer}
+        | {name: value if math.isfinite(value) else None for name, value in _numbers(r).items()}  # JSON has no NaN
         for r in ranked
     ]
     atomic_write_json(directory / "search.json", {"chosen": chosen, "ranked_by": by, "layers": rows})
@@ -85,6 +112,10 @@ def write_search(directory: Path, ranked: Sequence[RankedFit], chosen: int, by: 
         table.add_row(f"{row['layer']}{mark}", *numbers)
     Console().print(table)
     _draw(directory / "search.html", rows, names, chosen)
+
+
+def _numbers(ranked: RankedFit) -> dict[str, float]:
+    return {"r2": ranked.fit.r2, "downstream": ranked.downstream} | ranked.errors
 
 
 def _draw(path: Path, rows: list[dict], names: list[str], chosen: int) -> None:

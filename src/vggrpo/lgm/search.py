@@ -36,6 +36,7 @@ class StitchFit:
         bias: (d,).
         special: mean special tokens of the first view and of the others, (2, M, d).
         r2: held-out share of the tokens' variance that the connector explains.
+        origin: digest of what the search depended on; empty: not recorded.
     """
 
     layer: int
@@ -43,6 +44,7 @@ class StitchFit:
     bias: Tensor
     special: Tensor
     r2: float
+    origin: str = ""
 
     def load_into(self, connector: Connector) -> None:
         with torch.no_grad():
@@ -132,7 +134,7 @@ def _held_out_r2(
 def save_fit(path: Path, fit: StitchFit) -> None:
     """Write one fit as safetensors, atomically."""
     tensors = {"weight": fit.weight, "bias": fit.bias, "special": fit.special}
-    about = {"layer": str(fit.layer), "r2": repr(fit.r2)}
+    about = {"layer": str(fit.layer), "r2": repr(fit.r2), "origin": fit.origin}
     atomic_write(path, save({name: value.cpu().contiguous() for name, value in tensors.items()}, about))
 
 
@@ -146,6 +148,6 @@ def load_fit(path: Path) -> StitchFit:
         with safe_open(path, "pt") as file:
             about = file.metadata()
             tensors = {name: file.get_tensor(name) for name in ("weight", "bias", "special")}
-            return StitchFit(int(about["layer"]), **tensors, r2=float(about["r2"]))
+            return StitchFit(int(about["layer"]), **tensors, r2=float(about["r2"]), origin=about.get("origin", ""))
     except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
         raise UserError(f"{path} is damaged; delete it: the layer search is run again") from error

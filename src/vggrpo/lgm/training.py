@@ -110,6 +110,18 @@ def distill(
     return errors or heldout_errors(model, material, config.distill.batch)
 
 
+def check_batch(batch: int, processes: int) -> None:
+    """Refuse a batch that processes cannot share evenly.
+
+    Raises:
+        UserError: names the remedy.
+    """
+    if batch % processes:
+        raise UserError(
+            f"distill.batch {batch} cannot be shared by {processes} processes; make it a multiple of {processes}"
+        )
+
+
 class _Distillation:
     """What changes while a run goes on."""
 
@@ -118,11 +130,7 @@ class _Distillation:
     ) -> None:
         self.config, self.model, self.material, self.processes = config, model, material, processes
         self.settings: DistillConfig = config.distill
-        if self.settings.batch % processes.size:
-            raise UserError(
-                f"distill.batch {self.settings.batch} cannot be shared by {processes.size} processes; make it a "
-                f"multiple of {processes.size}"
-            )
+        check_batch(self.settings.batch, processes.size)
         self.device = next(model.parameters()).device
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(

@@ -10,14 +10,16 @@ Every stage goes on where it stopped.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from vggrpo.checkpoint import load_latest
 from vggrpo.config import EMBEDDED
@@ -31,8 +33,8 @@ from vggrpo.lgm.connector import at_view_rate
 from vggrpo.lgm.model import LGMConfig, geometry_licence
 from vggrpo.lgm.ranking import rank_downstream, write_search
 from vggrpo.lgm.search import Pair, StitchFit, load_fit, save_fit, search_layers
-from vggrpo.lgm.training import Material, distill, stitched
-from vggrpo.models.base import GeometryModel
+from vggrpo.lgm.training import Material, check_batch, distill, stitched
+from vggrpo.models.base import GeometryModel, LatentSpec
 from vggrpo.models.loading import load_geometry_model, load_video_model, pick_device
 from vggrpo.models.vae import VAE, ImageVAE, weights_hash
 from vggrpo.models.wan import WanVideoModel
@@ -58,11 +60,14 @@ def train_lgm(config: TrainLGMConfig, *, search_only: bool = False, progress: bo
     if checkpoint is not None:
         check_resumable(checkpoint.state["config"], config)
     parts = _Parts.load(config, processes)
-    material = make_cache(config, parts, processes)
+    check_inputs(config, parts, processes)
+    # One process may work for hours alone: it has the longer videos, or searches the layers for all.
+    patient = processes.patient()
+    material = make_cache(config, parts, patient)
     if processes.is_main:
         atomic_write(output / "config.yaml", dump_lgm_config(config))
-    base = _lgm_config(config, parts, material)
-    fit = find_stitch(config, parts, material, base, processes)
+    base = _lgm_config(config, parts)
+    fit = find_stitch(config, parts, material, base, patient, trained=checkpoint is not None)
     if search_only:
         return output / "search.json"
     model = stitched(base.model_copy(update={"layer": fit.layer}), parts.teacher, fit)
@@ -98,6 +103,12 @@ class _Parts:
     geometry_path: str
     device: torch.device
 
+    @cached_property
+    def hashes(self) -> dict[str, str]:
+        """Of the weights that latents, views' geometry and layer search depend on."""
+        vae = getattr(self.vae, "vae", self.vae)  # a video model holds its VAE, an image VAE is one
+        return {"VAE": weights_hash(vae), "teacher": weights_hash(self.teacher)}  # type: ignore[arg-type]
+
     @classmethod
     def load(cls, config: TrainLGMConfig, processes: Processes) -> _Parts:
         device = pick_device(config.video.device, processes.local_rank)
@@ -119,80 +130,139 @@ class _Parts:
         return cls(vae, teacher, generator, str(Path(path).resolve()) if Path(path).exists() else path, device)
 
 
+def check_inputs(config: TrainLGMConfig, parts: _Parts, processes: Processes) -> None:
+    """Refuse now what the stages after the cache would refuse: the cache takes hours.
+
+    Raises:
+        UserError: layers that are not safe, a batch that processes cannot share, latent cells that do not divide into
+            tokens, or no prompts for the generated clips.
+    """
+    check_layers(config, parts.teacher)
+    check_batch(config.distill.batch, processes.size)
+    connector_stride(parts.teacher, parts.vae.latent_spec, (config.clips.height, config.clips.width))
+    if config.clips.generated_share > 0:
+        _prompts(config, 1)
+
+
 def make_cache(config: TrainLGMConfig, parts: _Parts, processes: Processes) -> Material:
-    """Fill the cache and split its clips."""
+    """Fill the cache, and choose and split this run's clips: the cache may hold more, of other runs."""
     clips, spec = config.clips, parts.vae.latent_spec
     stride = spec.temporal_stride if config.stitch.view_rate == "latent" else 1
     identity = {
-        "VAE": weights_hash(getattr(parts.vae, "vae", parts.vae)),  # a video model holds its VAE, an image VAE is one
+        **parts.hashes,
         "latent normalisation": [list(spec.mean), list(spec.std)],
-        "teacher": weights_hash(parts.teacher),  # type: ignore[arg-type]
         "clips.videos": clips.videos,  # clips are known by their names in there
         "generator": [config.video.path, clips.prompts, clips.generated_steps, clips.guidance_scale],
+        "clips.clips_per_video": clips.clips_per_video,  # a finished video is not opened again for more
         "clip size": [clips.num_frames, clips.height, clips.width],
         "frame_stride": clips.frame_stride,
         "view_rate": config.stitch.view_rate,
     }
     settings = CacheSettings(identity, stride, clips.shard_size, clips.micro_batch)
     folder = config.cache_directory
-    common = (folder, parts.vae, parts.teacher, settings)
-    build_cache(common[0], _real_sources(config), *common[1:], max_clips=clips.max_clips, processes=processes)
-    real = CachedClips(folder).kinds.count("real")
-    if not real:
+
+    def cached(sources: Callable[[], Iterator[Source]], count: int) -> list[str]:
+        """Keys of the first `count` clips of the sources; those that the cache lacks are made."""
+        build_cache(folder, sources(), parts.vae, parts.teacher, settings, max_clips=count, processes=processes)
+        return CachedClips(folder).first_of((source.name for source in sources()), count)
+
+    keys = cached(lambda: _real_sources(config), clips.max_clips)
+    if not keys:
         raise UserError(f"no clip of {clips.videos} could be used; the warnings above say why")
-    count = round(real * clips.generated_share / (1 - clips.generated_share))
-    if count and parts.generator is not None:
-        sources = _generated_sources(config, parts.generator, count)
-        build_cache(common[0], sources, *common[1:], max_clips=count, processes=processes)
-    cached = CachedClips(folder)
-    train, heldout = cached.split(clips.heldout_share)
-    return Material(cached, train, heldout, stride)
+    count = round(len(keys) * clips.generated_share / (1 - clips.generated_share))
+    generator = parts.generator
+    if count and generator is not None:
+        keys += cached(lambda: _generated_sources(config, generator, count), count)
+    everything = CachedClips(folder)
+    return Material(everything, *everything.split(clips.heldout_share, keys), stride)
+
+
+def check_layers(config: TrainLGMConfig, teacher: GeometryModel) -> None:
+    """Refuse layers after which the heads would miss tokens.
+
+    Raises:
+        UserError: names them, and those to take.
+    """
+    unsafe = sorted(set(_wanted_layers(config) or ()) - set(teacher.stitch_points()))
+    if unsafe:
+        field = "layers" if config.stitch.layer is None else "layer"
+        raise UserError(
+            f"stitch.{field} {unsafe}: not safe for this model's heads; take from {teacher.stitch_points()}"
+        )
+
+
+def _wanted_layers(config: TrainLGMConfig) -> list[int] | None:
+    """Layers that the search fits; None: all that are safe."""
+    return config.stitch.layers if config.stitch.layer is None else [config.stitch.layer]
 
 
 def find_stitch(
-    config: TrainLGMConfig, parts: _Parts, material: Material, base: LGMConfig, processes: Processes
+    config: TrainLGMConfig, parts: _Parts, material: Material, base: LGMConfig, processes: Processes, *, trained: bool
 ) -> StitchFit:
-    """Search the layers, rank them, keep the best one's connector in OUTPUT; the main process does it for all."""
-    output, stitch = Path(config.output), config.stitch
-    kept = output / "stitch.safetensors"
-    if processes.is_main and not kept.is_file():
-        batch = config.clips.micro_batch
+    """The best layer's connector: an earlier search's in OUTPUT if it was the same one, or a new search's.
 
-        def pairs(index: list[int]) -> Iterator[Pair]:
-            for latents, views in material.clips.pairs(index, batch, parts.device):
-                yield at_view_rate(latents, base.view_rate, base.temporal_stride), views
+    The main process searches for all.
 
-        layers = stitch.layers if stitch.layer is None else [stitch.layer]
-        unsafe = sorted(set(layers or ()) - set(parts.teacher.stitch_points()))
-        if unsafe:
+    Args:
+        trained: checkpoints that started from the earlier search are there.
+
+    Raises:
+        UserError: another search is asked for than the checkpoints started from.
+    """
+    kept = Path(config.output) / "stitch.safetensors"
+    if processes.is_main:
+        train = list(material.train)[: config.stitch.max_clips]
+        heldout = list(material.heldout)[: config.stitch.max_heldout]
+        origin = _search_origin(config, parts, [material.clips.keys[i] for i in (*train, *heldout)])
+        earlier = load_fit(kept).origin if kept.is_file() else None
+        if earlier not in (None, origin) and trained:
             raise UserError(
-                f"stitch.layers {unsafe} are not safe for this model's heads; take from {parts.teacher.stitch_points()}"
+                f"the checkpoints in {config.output} started from a layer search with other clips, weights or stitch.* "
+                f"than now; set another output=DIR, or delete {config.output}/checkpoints to train anew"
             )
-        train, heldout = list(material.train)[: stitch.max_clips], list(material.heldout)
-        fits = search_layers(parts.teacher, pairs(train), pairs(heldout), base.stride, layers, stitch.ridge)
-        ranked = rank_downstream(
-            fits,
-            lambda fit: stitched(base.model_copy(update={"layer": fit.layer}), parts.teacher, fit, copy=False),
-            lambda: material.clips.pairs(heldout, batch, parts.device),
-            stitch.rank_by,
-        )
-        write_search(output, ranked, ranked[0].fit.layer, stitch.rank_by)
-        save_fit(kept, ranked[0].fit)
+        if earlier != origin:
+            save_fit(kept, replace(_search(config, parts, material, base, train, heldout), origin=origin))
     processes.barrier()
     return load_fit(kept)
 
 
-def _lgm_config(config: TrainLGMConfig, parts: _Parts, material: Material) -> LGMConfig:
+def _search_origin(config: TrainLGMConfig, parts: _Parts, keys: list[str]) -> str:
+    """Digest of all that the layer search depends on: settings, weights, and the clips by their keys."""
+    inputs = {"stitch": config.stitch.model_dump(mode="json"), "clips": keys, **parts.hashes}
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+
+
+def _search(
+    config: TrainLGMConfig, parts: _Parts, material: Material, base: LGMConfig, train: list[int], heldout: list[int]
+) -> StitchFit:
+    """Fit every wanted layer, rank them, write what came out to OUTPUT; returns the best."""
+    stitch, batch = config.stitch, config.clips.micro_batch
+
+    def pairs(index: list[int]) -> Iterator[Pair]:
+        for latents, views in material.clips.pairs(index, batch, parts.device):
+            yield at_view_rate(latents, base.view_rate, base.temporal_stride), views
+
+    fits = search_layers(parts.teacher, pairs(train), pairs(heldout), base.stride, _wanted_layers(config), stitch.ridge)
+    ranked = rank_downstream(
+        fits,
+        lambda fit: stitched(base.model_copy(update={"layer": fit.layer}), parts.teacher, fit, copy=False),
+        material.clips.targets(heldout, batch, material.view_stride, parts.device),
+        stitch.rank_by,
+    )
+    write_search(Path(config.output), ranked, ranked[0].fit.layer, stitch.rank_by)
+    return ranked[0].fit
+
+
+def _lgm_config(config: TrainLGMConfig, parts: _Parts) -> LGMConfig:
     """The manifest, but for the layer."""
     spec = parts.vae.latent_spec
-    latents, views = next(material.clips.pairs(material.train[:1], 1, parts.device))
     return LGMConfig(
         geometry=parts.geometry_path,
         backend=parts.teacher.model_type,
         vae=config.video.path if config.video.path != EMBEDDED else "embedded",
         latent_channels=spec.channels,
         temporal_stride=spec.temporal_stride,
-        stride=connector_stride(parts.teacher, latents, views),
+        stride=connector_stride(parts.teacher, spec, (config.clips.height, config.clips.width)),
         view_rate=config.stitch.view_rate,
         lora_rank=config.distill.lora_rank,
         lora_alpha=config.distill.lora_alpha,
@@ -204,23 +274,24 @@ def _lgm_config(config: TrainLGMConfig, parts: _Parts, material: Material) -> LG
 
 
 @torch.no_grad()
-def connector_stride(teacher: GeometryModel, latents: Tensor, views: Tensor) -> int:
+def connector_stride(teacher: GeometryModel, spec: LatentSpec, size: tuple[int, int]) -> int:
     """Latent cells a token, per direction: 2 for a VAE that compresses by 8 and tokens of 16 pixels.
 
     Args:
-        latents: (1, C, T', H', W').
-        views: (1, S, 3, h, w) of the same clip.
+        size: pixels of the videos, (height, width).
 
     Raises:
         UserError: cells and tokens do not divide.
     """
+    *_, rows, columns = spec.latent_shape(1, *size)
     layer = teacher.stitch_points()[0]
-    tokens = teacher.tap(views[:, :1], layer).shape[2] - teacher.special_tokens(layer).shape[1]
-    cells = latents.shape[-2] * latents.shape[-1]
-    stride = round((cells / tokens) ** 0.5)
-    if stride < 1 or stride * stride * tokens != cells:
+    device = next(teacher.parameters()).device  # type: ignore[attr-defined]
+    frame = torch.zeros(1, 1, 3, *teacher.image_size_for(size), device=device)
+    tokens = teacher.tap(frame, layer).shape[2] - teacher.special_tokens(layer).shape[1]
+    stride = round((rows * columns / tokens) ** 0.5)
+    if stride < 1 or stride * stride * tokens != rows * columns:
         raise UserError(
-            f"{latents.shape[-2]}x{latents.shape[-1]} latent cells do not divide into the {tokens} tokens that the "
+            f"{rows}x{columns} latent cells do not divide into the {tokens} tokens that the "
             "geometry model makes of a frame; set clips.height and clips.width to multiples of 16"
         )
     return stride
@@ -249,21 +320,26 @@ def _rendered(seed: int, num_frames: int, size: tuple[int, int]) -> Iterator[Cli
 
 def _generated_sources(config: TrainLGMConfig, model: WanVideoModel, count: int) -> Iterator[Source]:
     """One source a prompt and seed; prompts repeat with new seeds when there are fewer than clips."""
+    prompts = _prompts(config, count)
+    for i in range(count):
+        prompt = prompts[i % len(prompts)]
+        name = f"generated/{config.seed}/{i}/{prompt}"  # with the seed: runs of several seeds may share a cache
+        yield Source(name, lambda i=i, prompt=prompt, name=name: _generated(config, model, prompt, i, name))  # type: ignore[misc]
+
+
+def _prompts(config: TrainLGMConfig, count: int) -> list[str]:
+    """Prompts of `count` generated clips; those of a file are all that it has."""
     if config.clips.prompts == EMBEDDED:
         from vggrpo.world import sample_prompts
 
-        prompts = sample_prompts(count, config.seed, split="train")
-    else:
-        from vggrpo.io.prompts import read_prompts
+        return sample_prompts(count, config.seed, split="train")
+    from vggrpo.io.prompts import read_prompts
 
-        prompts = read_prompts(config.clips.prompts)
-    for i in range(count):
-        prompt = prompts[i % len(prompts)]
-        yield Source(f"generated/{i}/{prompt}", lambda i=i, prompt=prompt: _generated(config, model, prompt, i))  # type: ignore[misc]
+    return read_prompts(config.clips.prompts)
 
 
 @torch.no_grad()
-def _generated(config: TrainLGMConfig, model: WanVideoModel, prompt: str, number: int) -> Iterator[Clip]:
+def _generated(config: TrainLGMConfig, model: WanVideoModel, prompt: str, number: int, name: str) -> Iterator[Clip]:
     from vggrpo.sampling import derive_seed, ode_sample
 
     clips = config.clips
@@ -278,4 +354,4 @@ def _generated(config: TrainLGMConfig, model: WanVideoModel, prompt: str, number
         num_steps=clips.generated_steps,
         **guided,
     )
-    yield Clip(f"generated/{number}/{prompt}#0", latents=latents[0].cpu(), kind="generated")
+    yield Clip(f"{name}#0", latents=latents[0].cpu(), kind="generated")
