@@ -1,4 +1,4 @@
-"""Errors and losses of geometry: what the target does not know counts nowhere, and changes nothing where it knows all."""
+"""Errors and losses of geometry: what the target does not know counts nowhere; where it knows all, nothing changes."""
 
 from __future__ import annotations
 
