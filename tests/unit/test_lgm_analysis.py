@@ -20,6 +20,7 @@ from vggrpo.lgm import LatentGeometryModel, LGMConfig
 from vggrpo.lgm.connector import Connector, at_view_rate
 from vggrpo.models.base import LatentSpec
 from vggrpo.models.border import patch_image_size
+from vggrpo.rewards.latent import WeightedLatentReward
 
 
 def lgm(**options) -> LatentGeometryModel:
@@ -143,6 +144,32 @@ def test_chunks_shrink_until_they_fit_and_change_nothing():
         torch.testing.assert_close(got[name], want[name], equal_nan=True, rtol=1e-4, atol=1e-5)
     reward.lgm.calls.clear()
     assert reward(latents).keys() == want.keys() and reward.lgm.calls == [2, 2, 1]  # it remembers
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_latents_of_any_number_format_are_read(dtype):
+    latents = torch.randn(2, 3, 3, 4, 6, generator=torch.Generator().manual_seed(0)).to(dtype)
+    got, want = LatentGeometryReward(lgm())(latents), LatentGeometryReward(lgm())(latents.float())
+    assert all(torch.equal(got[name].nan_to_num(), want[name].nan_to_num()) for name in want)
+    latents.requires_grad_()
+    LatentGeometryReward(lgm(), differentiable=True)(latents)["motion"].sum().backward()
+    assert latents.grad.dtype == dtype and latents.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    "score",
+    [
+        lambda latents, **options: LatentGeometryReward(lgm(), **options)(latents),
+        lambda latents, **options: WeightedLatentReward(lgm(), {"camera_motion_smoothness": 1}, **options)(latents, []),
+    ],
+    ids=["plug", "weighted"],
+)
+def test_no_clips_and_no_chunk_are_refused_in_one_line(score):
+    latents = torch.zeros(0, 3, 3, 4, 6)
+    for options, words in (({}, r"nothing to score.*\(0, 3, 3, 4, 6\)"), ({"chunk": 0}, "chunk is 0")):
+        with pytest.raises(UserError, match=words) as error:
+            score(latents, **options)
+        assert "\n" not in str(error.value)
 
 
 def test_the_example_for_other_trainers_runs():

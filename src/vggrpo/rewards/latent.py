@@ -32,10 +32,14 @@ class LatentGeometryReward(nn.Module):
         lgm: the latent geometry model.
         chunk: clips that go through the LGM at once; halved, for good, whenever a CUDA device runs out of memory.
         differentiable: keep the graph from rewards to latents (for guidance and direct training).
+
+    Raises:
+        UserError: `chunk` is less than 1.
     """
 
     def __init__(self, lgm: LatentGeometryModel, chunk: int = 16, differentiable: bool = False) -> None:
         super().__init__()
+        _check_chunk(chunk)
         self.lgm, self.chunk, self.differentiable = lgm, chunk, differentiable
 
     @classmethod
@@ -49,7 +53,12 @@ class LatentGeometryReward(nn.Module):
         return cls(LatentGeometryModel.from_pretrained(directory), chunk, differentiable)
 
     def forward(self, latents: Float[Tensor, "B C T H W"]) -> dict[str, Float[Tensor, " B"]]:
-        """`motion` and `geometry` rewards in [0, 1], `valid` (bool), all terms (`e_trans`, `e_rot`, `e_geo`, ...)."""
+        """`motion` and `geometry` rewards in [0, 1], `valid` (bool), all terms (`e_trans`, `e_rot`, `e_geo`, ...).
+
+        Raises:
+            UserError: no clips, or latents that the LGM refuses.
+        """
+        _check_not_empty(latents)
         with torch.set_grad_enabled(self.differentiable and torch.is_grad_enabled()):
             while True:
                 try:
@@ -84,7 +93,7 @@ class WeightedLatentReward:
         chunk: clips that go through the LGM at once.
 
     Raises:
-        UserError: for an unknown reward, or weights that are negative or all zero.
+        UserError: for an unknown reward, weights that are negative or all zero, or a `chunk` of less than 1.
     """
 
     def __init__(
@@ -96,13 +105,19 @@ class WeightedLatentReward:
     ) -> None:
         if min(weights.values(), default=0) < 0 or not sum(weights.values()) > 0:
             raise UserError(f"the weights of the rewards are {dict(weights)}; give at least one that is positive")
+        _check_chunk(chunk)
         total = sum(weights.values())
         self._terms = [(get_reward(name), weight / total, dict((options or {}).get(name, {})))
                        for name, weight in weights.items() if weight > 0]  # fmt: skip
         self._lgm, self._chunk = lgm, chunk
 
     def __call__(self, latents: Float[Tensor, "B C T H W"], prompts: Sequence[str]) -> Float[Tensor, " B"]:
-        """One number a clip; NaN, without gradient, where any of the rewards cannot be computed."""
+        """One number a clip; NaN, without gradient, where any of the rewards cannot be computed.
+
+        Raises:
+            UserError: no clips, or latents that the LGM refuses.
+        """
+        _check_not_empty(latents)
         parts = []
         for start in range(0, len(latents), self._chunk):
             piece = slice(start, start + self._chunk)
@@ -112,3 +127,13 @@ class WeightedLatentReward:
             total = torch.stack(values).sum(0)
             parts.append(torch.where(total.isfinite(), total, torch.full_like(total, torch.nan)))
         return torch.cat(parts)
+
+
+def _check_chunk(chunk: int) -> None:
+    if chunk < 1:
+        raise UserError(f"chunk is {chunk}; give the number of clips that go through the LGM at once, 1 or more")
+
+
+def _check_not_empty(latents: Tensor) -> None:
+    if not latents.numel():
+        raise UserError(f"there is nothing to score in latents of shape {tuple(latents.shape)}; give one clip or more")
