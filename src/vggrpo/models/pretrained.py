@@ -102,8 +102,8 @@ def _unpickled(source: Path) -> Any:
             return torch.load(source, map_location="cpu", weights_only=True, mmap=archive)
     except (pickle.UnpicklingError, AttributeError, TypeError) as error:  # torch's own advice is to run what it holds
         raise UserError(
-            f"{source} cannot be read: it is no weights file, or holds more than weights in a way that only running its "
-            f"code would tell; copy it again, or, where you trust it, keep its weights alone: "
+            f"{source} cannot be read: it is no weights file, or holds more than weights, in a way that only running "
+            "its code would tell; copy it again, or, where you trust it, keep its weights alone: "
             f"`torch.save(torch.load('{source.name}', weights_only=False)['model'], 'weights.pt')`"
         ) from error
 
