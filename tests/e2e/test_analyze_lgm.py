@@ -44,6 +44,7 @@ def test_the_command_on_real_files(tmp_path, capsys):
     assert "Accuracy on 2 clips" in capsys.readouterr().out
     for extra, words in (
         (["--video-model", "embedded"], "not of this video model's (channels: 4 instead of"),
+        (["--device", "fpga"], "use auto, cpu or cuda"),
         (["--parts", "acuracy"], "no part called 'acuracy'"),
         (["--size", "30"], "multiple of"),
         (["--videos", str(tmp_path / "videos" / "bad.mp4")], "cannot be decoded"),

@@ -326,12 +326,6 @@ def test_the_teachers_unit_does_not_matter_and_its_holes_are_no_target():
     _, masked = distillation_loss(prediction(wrong), {}, prediction(depth, conf=conf))
     assert masked["depth"] == 0 and masked["conf"] == pytest.approx(0.5)
     free = prediction(wrong.requires_grad_())
-    loss, _ = distillation_loss(free, {}, prediction(depth, conf=conf), {**lgm_training_weights(), "slope": 0})
+    loss, _ = distillation_loss(free, {}, prediction(depth, conf=conf))
     loss.backward()
     assert (wrong.grad[:, :, :4] == 0).all()
-
-
-def lgm_training_weights():
-    from vggrpo.lgm.losses import WEIGHTS
-
-    return WEIGHTS

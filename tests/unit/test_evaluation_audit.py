@@ -43,6 +43,38 @@ def test_verdict_and_page(tmp_path, monkeypatch, noise, floor, passed):
     assert ("NOT passed" in page) is not passed and "plotly" in page
 
 
+GOOD = {
+    "floor": 0.01,
+    "base_value": 0.03,
+    "spearman_truth": dict.fromkeys(audit.TERMS, 0.7),
+    "spearman_judge": dict.fromkeys(audit.TERMS, 0.6),
+}
+
+
+@pytest.mark.parametrize("term", audit.TERMS)
+@pytest.mark.parametrize("question", ["spearman_truth", "spearman_judge"])
+def test_an_unknown_correlation_meets_no_bar(question, term):
+    assert audit.passes(GOOD)
+    for value in (torch.nan, 0.1):
+        assert not audit.passes(GOOD | {question: GOOD[question] | {term: value}})
+
+
+@pytest.mark.parametrize("floor, base", [(torch.nan, 0.03), (0.01, torch.nan), (torch.nan, torch.nan), (0.0, 0.0)])
+def test_an_unknown_floor_meets_no_bar(floor, base):
+    assert not audit.passes(GOOD | {"floor": floor, "base_value": base})
+
+
+def test_clips_that_do_not_err_at_all_are_no_error_of_the_audit(tmp_path, monkeypatch):
+    rendered, generated = measured(0, 0.1, 0.01)
+    for terms in (rendered["smooth"], generated):
+        for who in ("lgm", "teacher"):
+            terms[who] = terms[who] | {"e_geo": torch.zeros(16)}
+    monkeypatch.setattr(audit, "_rendered_terms", lambda *_: rendered)
+    monkeypatch.setattr(audit, "_generated_terms", lambda *_: generated)
+    result = audit.audit_reward("embedded", tmp_path, clips=16)
+    assert result["ratio"] is None and not result["passed"]
+
+
 @pytest.mark.parametrize(
     "content, said",
     [

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lgm_material import BlockVAE, frames, teacher
+from lgm_material import SIZE, BlockVAE, frames, teacher, write_videos
 from torch import nn
 
 from vggrpo import LatentGeometryReward
@@ -17,9 +17,12 @@ from vggrpo.evaluation.lgm_analysis import Analysis, HeldOutClip, better_from
 from vggrpo.evaluation.lgm_cost import cost_table, flops, reward_paths
 from vggrpo.geometry import GeometryPrediction
 from vggrpo.lgm import LatentGeometryModel, LGMConfig
+from vggrpo.lgm.clips import Clip, Source
 from vggrpo.lgm.connector import Connector, at_view_rate
+from vggrpo.models import loading
 from vggrpo.models.base import LatentSpec
 from vggrpo.models.border import patch_image_size
+from vggrpo.rewards.latent import WeightedLatentReward
 
 
 def lgm(**options) -> LatentGeometryModel:
@@ -59,6 +62,71 @@ def test_better_from_is_the_level_from_which_on_it_holds():
     assert better_from(levels, [1, 1, 1, 1], [0, 2, 2, 2]) == 0.1
     assert better_from(levels, [1, 1, 1, 1], [2, 2, 0, 2]) == 0.4
     assert better_from(levels, [1, 1, 1, 1], [2, 2, 2, 1]) is None
+
+
+def numbered(name: str, clips: int, opened: list[str]) -> Source:
+    """A video whose clip k is `clips` frames of the value k."""
+
+    def cut():
+        for k in range(clips):
+            opened.append(f"{name}#{k}")
+            yield Clip(f"{name}#{k}", torch.full((3, 5, 8, 8), k, dtype=torch.uint8))
+        if not clips:
+            raise UserError(f"{name} is short")
+
+    return Source(name, cut)
+
+
+@pytest.mark.parametrize(
+    "videos, count, want",
+    [
+        ((12,), 10, {"a": 10}),  # of one video as many as are asked for
+        ((9, 9, 9), 3, {"a": 1, "b": 1, "c": 1}),  # of several an even share each
+        ((0, 2, 9), 6, {"b": 2, "c": 4}),  # what the first two lack, the third gives
+        ((1, 2), 6, {"a": 1, "b": 2}),
+    ],
+)
+def test_heldout_clips_are_as_many_as_asked_and_no_more_are_decoded(monkeypatch, caplog, videos, count, want):
+    opened: list[str] = []
+
+    def sources(path, *, clips_per_video=8, **shape):
+        assert shape == {"num_frames": 5, "size": (8, 8)}
+        return (numbered(name, min(n, clips_per_video), opened) for name, n in zip("abc", videos, strict=False))
+
+    monkeypatch.setattr(lgm_analysis, "video_sources", sources)
+    clips = lgm_analysis.heldout_clips("videos", count, num_frames=5, size=(8, 8), view_stride=4)
+    assert len(clips) == sum(want.values())
+    assert {name: len({key for key in opened if key[0] == name}) for name in want} == want
+    assert ("has 3 clips of 5 frames, 6 were asked for" in caplog.text) == (len(clips) < count)
+
+
+def test_a_video_gives_more_than_eight_clips_when_asked(tmp_path):
+    write_videos(tmp_path, 1, length=10)
+    assert len(lgm_analysis.heldout_clips(str(tmp_path), 10, num_frames=1, size=SIZE, view_stride=1)) == 10
+
+
+def test_counting_at_full_shape_loads_nothing_and_renders_nothing(tmp_path, monkeypatch):
+    def never(*_, **__):
+        raise AssertionError("not needed")
+
+    for place, name in ((loading, "load_vae"), (lgm_analysis, "load_analysis"), (lgm_analysis, "heldout_clips")):
+        monkeypatch.setattr(place, name, never)
+    rows = {"rgb": {"flops": 2, "flops_of_rgb": 1.0}}
+    monkeypatch.setattr(lgm_analysis, "_full_shape_costs", lambda: {"Wan": rows})
+    assert lgm_analysis.analyze_lgm("nowhere", tmp_path, parts=["full-shape"])["cost"] == {"Wan": rows}
+    assert "Wan" in (tmp_path / "analysis.html").read_text()
+
+
+def test_a_pipelines_vae_is_loaded_alone(monkeypatch):
+    from diffusers import WanTransformer3DModel
+
+    whole = loading.load_video_model("embedded", device="cpu", load_text=False)
+    monkeypatch.setattr(WanTransformer3DModel, "from_pretrained", None)
+    vae = loading.load_vae("embedded", device="cpu")
+    assert not hasattr(vae, "transformer") and vae.latent_spec == whole.latent_spec
+    video = torch.rand(1, 3, 5, 32, 32, generator=torch.Generator().manual_seed(0))
+    latents = vae.encode_video(video)
+    assert torch.equal(latents, whole.encode_video(video)) and torch.equal(vae.decode(latents), whole.decode(latents))
 
 
 def test_flops_are_those_of_the_textbook_on_every_device():
@@ -143,6 +211,32 @@ def test_chunks_shrink_until_they_fit_and_change_nothing():
         torch.testing.assert_close(got[name], want[name], equal_nan=True, rtol=1e-4, atol=1e-5)
     reward.lgm.calls.clear()
     assert reward(latents).keys() == want.keys() and reward.lgm.calls == [2, 2, 1]  # it remembers
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_latents_of_any_number_format_are_read(dtype):
+    latents = torch.randn(2, 3, 3, 4, 6, generator=torch.Generator().manual_seed(0)).to(dtype)
+    got, want = LatentGeometryReward(lgm())(latents), LatentGeometryReward(lgm())(latents.float())
+    assert all(torch.equal(got[name].nan_to_num(), want[name].nan_to_num()) for name in want)
+    latents.requires_grad_()
+    LatentGeometryReward(lgm(), differentiable=True)(latents)["motion"].sum().backward()
+    assert latents.grad.dtype == dtype and latents.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    "score",
+    [
+        lambda latents, **options: LatentGeometryReward(lgm(), **options)(latents),
+        lambda latents, **options: WeightedLatentReward(lgm(), {"camera_motion_smoothness": 1}, **options)(latents, []),
+    ],
+    ids=["plug", "weighted"],
+)
+def test_no_clips_and_no_chunk_are_refused_in_one_line(score):
+    latents = torch.zeros(0, 3, 3, 4, 6)
+    for options, words in (({}, r"nothing to score.*\(0, 3, 3, 4, 6\)"), ({"chunk": 0}, "chunk is 0")):
+        with pytest.raises(UserError, match=words) as error:
+            score(latents, **options)
+        assert "\n" not in str(error.value)
 
 
 def test_the_example_for_other_trainers_runs():

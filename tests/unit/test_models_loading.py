@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
+import os
+import pickle
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
@@ -72,18 +76,48 @@ def test_what_is_no_geometry_model_is_refused(directory: Path, tmp_path: Path) -
     refused(directory, "model.safetensors is missing")
 
 
-def test_a_pickle_with_code_is_not_run(tmp_path: Path) -> None:
+def test_a_training_checkpoint_is_read_without_running_what_it_holds(tmp_path: Path) -> None:
+    """As map-anything and its descendants write it: arguments of any kind beside the weights."""
+
     class Trap:
         def __reduce__(self):
-            return (Path.touch, (tmp_path / "sprung",))
+            return (exec, (f"open({str(tmp_path / 'sprung')!r}, 'w')",))
 
-    torch.save({"aggregator.camera_token": Trap()}, tmp_path / "model.pt")
-    refused(tmp_path / "model.pt", "cannot be read", "holds more than weights")
+    arguments = argparse.Namespace(lr=1e-4, output=tmp_path, names=Counter(a=1), seen=defaultdict(list), trap=Trap())
+    weights, momentum = {"a": torch.arange(3.0)}, {"state": {0: torch.zeros(4)}}
+    torch.save({"args": arguments, "model": weights, "optimizer": momentum, "epoch": 7}, tmp_path / "model.pth")
+    got = read_weights(tmp_path / "model.pth")
+    assert got.keys() == {"a"} and torch.equal(got["a"], weights["a"])
     assert not (tmp_path / "sprung").exists()
+    with pytest.raises(pickle.UnpicklingError):  # the names were allowed for that one call
+        torch.load(tmp_path / "model.pth", weights_only=True)
+    torch.load(tmp_path / "model.pth", weights_only=False)
+    assert (tmp_path / "sprung").exists()  # so it was a trap
+
+
+def test_a_pickle_with_code_is_not_run(tmp_path: Path) -> None:
+    class Trap:
+        def __init__(self, *call: object) -> None:
+            self.call = call
+
+        def __reduce__(self):
+            return self.call[0], self.call[1:]
+
+    target = str(tmp_path / "sprung")
+    for call in ((Path.touch, Path(target)), (os.mkdir, target), (exec, f"open({target!r}, 'w')")):
+        torch.save({"aggregator.camera_token": Trap(*call)}, tmp_path / "model.pt")
+        refused(tmp_path / "model.pt", "cannot be read")
+        torch.save(
+            {"aggregator.camera_token": Trap(*call)}, tmp_path / "model.pt", _use_new_zipfile_serialization=False
+        )
+        refused(tmp_path / "model.pt", "cannot be read", "holds more than weights", "weights_only=False)['model']")
+        assert not Path(target).exists()
     torch.save({"model": {"a": torch.ones(2)}, "optimizer": {"lr": 1}}, tmp_path / "model.pt")
     assert set(read_weights(tmp_path / "model.pt")) == {"a"}
     torch.save({"a": [1, 2]}, tmp_path / "model.pt")
     refused(tmp_path / "model.pt", "something else than weights")
+    (tmp_path / "model.pt").write_bytes(b"no weights")
+    refused(tmp_path / "model.pt", "no weights file", "copy it again")
 
 
 @pytest.mark.parametrize("name", ["meta", "fpga", "cuda:99"])

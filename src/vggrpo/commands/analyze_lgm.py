@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from vggrpo.commands.arguments import START_AGAIN, Subparsers, at_least, image_size
+from vggrpo.commands.arguments import START_AGAIN, Subparsers, add_device, at_least, image_size
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -37,6 +37,7 @@ def add_parser(subparsers: Subparsers) -> None:
         "--parts", default="accuracy,noise,cost",
         help="of accuracy, noise, cost, full-shape (FLOPs at Wan's shapes, no weights) (default: %(default)s)",
     )  # fmt: skip
+    add_device(parser)
     parser.set_defaults(run=run, resume=START_AGAIN)
 
 
@@ -54,4 +55,5 @@ def run(arguments: argparse.Namespace) -> None:
         num_frames=arguments.frames,
         size=arguments.size,
         parts=[part.strip() for part in arguments.parts.split(",") if part.strip()],
+        device=arguments.device,
     )

@@ -101,11 +101,6 @@ def audit_reward(
     generated = _generated_terms(subject, asked, seed, batch, steps, guidance_scale)
     groups = [i // GROUP for i in range(len(generated["lgm"]["e_geo"]))]
     answers = _answers("lgm", rendered, generated, groups)
-    passed = (
-        answers["floor"] <= MAX_FLOOR * answers["base_value"]
-        and min(answers["spearman_truth"].values()) >= MIN_TRUTH
-        and min(answers["spearman_judge"].values()) >= MIN_JUDGE
-    )
     result = answers | {
         "teacher": _answers("teacher", rendered, generated, groups),
         "floor_judge": _mean(rendered["smooth"]["judge"]["e_geo"]),
@@ -113,13 +108,23 @@ def audit_reward(
         "samples_needed": samples_needed(generated["lgm"]["e_geo"]),
         "clips": clips, "seed": seed, "steps": steps, "guidance_scale": guidance_scale,
         "options": {k: dict(v) for k, v in subject.options.items()},
-        "passed": bool(passed),
+        "passed": passes(answers),
     }  # fmt: skip
     write_audit_page(Path(output) / "audit.html", result, rendered, generated, groups)
     _print(result)
     result = without_nan(result)  # an untrained LGM may have no valid clip at all
     atomic_write_json(Path(output) / "audit.json", result)
     return result
+
+
+def passes(answers: Mapping[str, Any]) -> bool:
+    """Whether all bars are met; what could not be measured (NaN) meets none."""
+    return bool(
+        answers["floor"] <= MAX_FLOOR * answers["base_value"]
+        and answers["base_value"] > 0  # where the base does not err at all, a floor of 0 says nothing
+        and all(value >= MIN_TRUTH for value in answers["spearman_truth"].values())
+        and all(value >= MIN_JUDGE for value in answers["spearman_judge"].values())
+    )
 
 
 def _answers(
@@ -138,7 +143,7 @@ def _answers(
     return {
         "floor": floor,
         "base_value": base,
-        "ratio": floor / base,
+        "ratio": floor / base if base else math.nan,
         "spearman_truth": truth,
         "spearman_judge": {t: _correlation(generated[who][t], generated["judge"][t], groups) for t in TERMS},
     }

@@ -6,6 +6,7 @@ judged by the truth; on any other videos the RGB model on the clean frames is th
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from vggrpo.models.base import GeometryModel
 from vggrpo.models.vae import VAE
 from vggrpo.sampling.seeds import derive_seed, seeded_noise
 
+logger = logging.getLogger(__name__)
 ANALYSIS_SEED = 30_000_000  # rendered clips that nothing was trained or audited on
 NOISE_LEVELS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
 PARTS = ("accuracy", "noise", "cost", "full-shape")
@@ -46,7 +48,9 @@ class HeldOutClip:
 def heldout_clips(
     videos: str, count: int, *, num_frames: int, size: tuple[int, int], view_stride: int
 ) -> list[HeldOutClip]:
-    """Clips of the embedded world ("embedded") or of videos (see `vggrpo.lgm.clips`).
+    """Clips of the embedded world ("embedded") or of videos (see `vggrpo.lgm.clips`), at most `count`.
+
+    Every video gives an even share; what some cannot give, because they are short or damaged, the others do.
 
     Raises:
         UserError: no video could be used; the last reason is given.
@@ -59,17 +63,24 @@ def heldout_clips(
             world = sample_batch([ANALYSIS_SEED + i], num_frames=num_frames, size=size, split=None)
             clips.append(HeldOutClip(world.video[0], world.geometry(view_stride)))
         return clips
-    clips, reason = [], "it holds no clip"
-    for source in video_sources(videos, num_frames=num_frames, size=size):
-        try:
-            for clip in source.clips():
-                if len(clips) < count and clip.video is not None:
-                    clips.append(HeldOutClip(clip.video.float() / 255))
-        except UserError as error:
-            reason = str(error)
-    if not clips:
+    shape: dict[str, Any] = {"num_frames": num_frames, "size": size}
+    share = -(-count // sum(1 for _ in video_sources(videos, **shape)))
+    found: dict[str, HeldOutClip] = {}
+    reason = "it holds no clip"
+    for most in sorted({share, count}):  # of one video: the second round is for what the first left open
+        for source in video_sources(videos, clips_per_video=most, **shape):
+            try:
+                for clip in source.clips():
+                    if clip.video is not None and clip.key not in found:
+                        found[clip.key] = HeldOutClip(clip.video.float() / 255)
+                    if len(found) == count:
+                        return list(found.values())
+            except UserError as error:
+                reason = str(error)
+    if not found:
         raise UserError(f"no clip of {videos} could be used: {reason}")
-    return clips
+    logger.warning("%s has %d clips of %d frames, %d were asked for", videos, len(found), num_frames, count)
+    return list(found.values())
 
 
 class Analysis:
@@ -177,7 +188,9 @@ def analyze_lgm(
         videos: "embedded" (rendered clips with truth), or see `vggrpo.lgm.clips.video_sources`. Give videos that the
             LGM was not trained on.
         size: (height, width) of the clips, pixels.
-        parts: of `PARTS`; "full-shape" counts FLOPs at the shapes of Wan2.1 and Wan2.2 with Any4D, without weights.
+        parts: of `PARTS`; "full-shape" counts FLOPs at the shapes of Wan2.1 and Wan2.2 with Any4D, without weights. By
+            itself it loads no model and makes no clip.
+        device: where networks run.
 
     Raises:
         UserError: bad input, or the LGM reads another VAE's latents.
@@ -188,16 +201,18 @@ def analyze_lgm(
     unknown = sorted(set(parts) - set(PARTS))
     if unknown or not parts:
         raise UserError(f"no part {f'called {unknown[0]!r}' if unknown else 'chosen'}; there are {', '.join(PARTS)}")
-    vae = load_vae(video_model, device=device, load_generator=False)
-    vae.latent_spec.latent_shape(num_frames, *size)
-    analysis = load_analysis(lgm, vae, geometry, pick_device(device))
-    made = heldout_clips(videos, clips, num_frames=num_frames, size=size, view_stride=analysis.view_stride)
+    result: dict[str, Any] = {"lgm": str(lgm), "reference": "no clips"}
+    if set(parts) != {"full-shape"}:
+        vae = load_vae(video_model, device=device)
+        vae.latent_spec.latent_shape(num_frames, *size)
+        analysis = load_analysis(lgm, vae, geometry, pick_device(device))
+        made = heldout_clips(videos, clips, num_frames=num_frames, size=size, view_stride=analysis.view_stride)
+        has_truth = made[0].truth is not None
+        result |= {
+            "video_model": str(video_model), "videos": videos, "num_frames": num_frames, "size": list(size),
+            "reference": "truth of rendered clips" if has_truth else "the RGB model on clean frames",
+        }  # fmt: skip
     ensure_directory(output)  # before the work, after all that can be refused
-    has_truth = made[0].truth is not None
-    result: dict[str, Any] = {
-        "lgm": str(lgm), "video_model": str(video_model), "videos": videos, "num_frames": num_frames,
-        "size": list(size), "reference": "truth of rendered clips" if has_truth else "the RGB model on clean frames",
-    }  # fmt: skip
     if "accuracy" in parts:
         result["accuracy"] = analysis.accuracy(made)
     if "noise" in parts:

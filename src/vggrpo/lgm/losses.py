@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from vggrpo.geometry import GeometryPrediction
@@ -32,9 +32,29 @@ WEIGHTS = {
 }
 
 
+def known_pixels(geometry: GeometryPrediction) -> Bool[Tensor, "B S H W"]:
+    """Pixels of which a geometry says something: confident at all, at a finite depth in front of the camera."""
+    return (geometry.conf > 0) & geometry.depth.isfinite() & (geometry.depth > 0)
+
+
 def depth_unit(geometry: GeometryPrediction) -> Float[Tensor, " B"]:
-    """The first view's median depth."""
-    return geometry.depth[:, 0].flatten(1).median(1).values.clamp_min(1e-6)
+    """The first view's median depth over its known pixels; of all views, where that view has none (NaN: nor has any).
+
+    A clip that fades in from black has no depth in its first view, and still needs a unit.
+    """
+    known = known_pixels(geometry)
+    unit = _known_median(geometry.depth[:, 0], known[:, 0])
+    return torch.where(unit.isnan(), _known_median(geometry.depth, known), unit).clamp_min(1e-6)
+
+
+def _known_median(values: Float[Tensor, "B ..."], known: Bool[Tensor, "B ..."]) -> Float[Tensor, " B"]:
+    return torch.where(known, values, torch.nan).flatten(1).nanmedian(1).values
+
+
+def _known_mean(values: Float[Tensor, "B ..."], known: Bool[Tensor, "B ..."]) -> Float[Tensor, " B"]:
+    """Mean over the known pixels of each clip, NaN where there are none; the plain mean, bit by bit, if all are."""
+    share = known.flatten(1).sum(1).to(values.dtype) / known[0].numel()
+    return torch.where(known, values, 0).flatten(1).mean(1) / share
 
 
 def unit_depth(geometry: GeometryPrediction, scale: Float[Tensor, " B"] | None = None) -> GeometryPrediction:
@@ -69,9 +89,9 @@ def geometry_loss(
 
     Args:
         raw: logits of confidence and masks, as `GeometryModel.predict` gives them.
-        target: in units of its first view's median depth (`unit_depth`).
+        target: known at every pixel, in units of its first view's median depth (`unit_depth`).
     """
-    parts, error = _shape_parts(prediction, target)
+    parts, error = _shape_parts(prediction, target, torch.ones_like(target.depth, dtype=torch.bool))
     parts["conf"] = F.binary_cross_entropy_with_logits(raw["conf_logit"], torch.exp(-error.detach() / CONF_SCALE))
     _add_masks(parts, raw, target)
     return _weighted(parts, weights)
@@ -93,16 +113,13 @@ def distillation_loss(
         first_flow: the teacher's `flow_from_first`, for a backend whose flow head says that: it is learned in place of
             the scene flow, which such a backend derives from it by visibility.
     """
-    scale = depth_unit(teacher)
+    scale = depth_unit(teacher).nan_to_num(1.0)  # of a clip without a known depth, cameras are learned in any unit
     prediction, target = unit_depth(prediction, scale), unit_depth(teacher, scale)
-    known = target.conf > 0
+    known = known_pixels(teacher)
     own = prediction.detach()
     target.depth = torch.where(known, target.depth, own.depth)
     target.points = torch.where(known[..., None], target.points, own.points)
-    if target.scene_flow is not None and own.scene_flow is not None:
-        told = known[..., None] & target.scene_flow.isfinite()
-        target.scene_flow = torch.where(told, target.scene_flow, own.scene_flow)
-    parts, _ = _shape_parts(prediction, target)
+    parts, _ = _shape_parts(prediction, target, known)
     if first_flow is not None:
         miss = (raw["flow_from_first"] - first_flow).abs().sum(-1) / scale[:, None, None, None]
         parts["flow"] = torch.where(known[:, :1], miss, torch.zeros_like(miss)).mean()
@@ -123,9 +140,13 @@ def _add_masks(parts: dict[str, Tensor], raw: dict[str, Tensor], target: Geometr
 
 
 def _shape_parts(
-    prediction: GeometryPrediction, target: GeometryPrediction
+    prediction: GeometryPrediction, target: GeometryPrediction, known: Bool[Tensor, "B S H W"]
 ) -> tuple[dict[str, Tensor], Float[Tensor, "B S H W"]]:
-    """Losses of depth, cameras, points and flow, and the relative depth error of each pixel."""
+    """Losses of depth, cameras, points and flow, and the relative depth error of each pixel.
+
+    Args:
+        target: at pixels that are not `known`, depth and points are the prediction's own; flow may be anything.
+    """
     depth = target.depth
     log_ratio = prediction.depth.log() - depth.log()
     error = log_ratio.abs()
@@ -140,7 +161,7 @@ def _shape_parts(
     )
     parts = {
         "depth": error.mean(),
-        "slope": log_ratio.diff(dim=-1).abs().mean() + log_ratio.diff(dim=-2).abs().mean(),
+        "slope": _slope(log_ratio, known, -1) + _slope(log_ratio, known, -2),
         "translation": (rel[..., :3, 3] - want[..., :3, 3]).abs().sum(-1).mean(),
         "rotation": axis.abs().sum(-1).mean(),
         "focal": (prediction.intrinsics[..., [0, 1], [0, 1]].log() - target.intrinsics[..., [0, 1], [0, 1]].log())
@@ -149,41 +170,54 @@ def _shape_parts(
         "points": ((prediction.points - target.points).norm(dim=-1) / depth).mean(),
     }
     if target.scene_flow is not None and prediction.scene_flow is not None:
-        miss = (prediction.scene_flow - target.scene_flow).abs().sum(-1)
-        moving = (target.scene_flow.abs().sum(-1) > 1e-6).float()
+        told = known & target.scene_flow.isfinite().all(-1)
+        flow = torch.where(told[..., None], target.scene_flow, prediction.scene_flow.detach())
+        miss = (prediction.scene_flow - flow).abs().sum(-1)
+        moving = (told & (flow.abs().sum(-1) > 1e-6)).float()
         # Few pixels move, so they count as much as all the others together.
         parts["flow"] = miss.mean() + (miss * moving).sum() / moving.sum().clamp_min(1.0)
     return parts, error
+
+
+def _slope(log_ratio: Float[Tensor, "B S H W"], known: Bool[Tensor, "B S H W"], axis: int) -> Float[Tensor, ""]:
+    """Mean difference of the depth error between neighbours; nothing where either of them is not known."""
+    last = known.shape[axis] - 1
+    both = known.narrow(axis, 0, last) & known.narrow(axis, 1, last)
+    return torch.where(both, log_ratio.diff(dim=axis), 0).abs().mean()
 
 
 @torch.no_grad()
 def geometry_errors(prediction: GeometryPrediction, target: GeometryPrediction) -> dict[str, Float[Tensor, " B"]]:
     """Errors of each clip after scale alignment by the clip's median depth ratio.
 
-    `abs_rel`: mean |d - d*| / d*. `translation`: mean distance of camera centres of views 1.., in first-view median
-    depths.
+    Maps are compared where the target is known (`known_pixels`), cameras always.
+
+    `abs_rel`: mean |d - d*| / d* (nan if no pixel is known). `translation`: mean distance of camera centres of views
+    1.., in first-view median depths.
     `rotation`: mean angle, radians. `fov`: mean absolute error, radians. `flow`: mean end-point error on moving
     pixels (nan if none).
     `dynamic_iou`: intersection over union of the dynamic mask (nan if neither has any).
     """
+    known = known_pixels(target)
     target = unit_depth(target)
-    ratio = (target.depth / prediction.depth).flatten(1).median(1).values
+    ratio = _known_median(target.depth / prediction.depth, known)
     depth = prediction.depth * ratio[:, None, None, None]
     centres = prediction.cam2world[:, 1:, :3, 3] * ratio[:, None, None]
     turn = prediction.cam2world[:, 1:, :3, :3].transpose(-1, -2) @ target.cam2world[:, 1:, :3, :3]
     width = prediction.depth.shape[-1]
     fov = [2 * torch.atan(width / 2 / g.intrinsics[..., 0, 0]) for g in (prediction, target)]
     errors = {
-        "abs_rel": ((depth - target.depth).abs() / target.depth).flatten(1).mean(1),
+        "abs_rel": _known_mean((depth - target.depth).abs() / target.depth, known),
         "translation": (centres - target.cam2world[:, 1:, :3, 3]).norm(dim=-1).mean(1),
         "rotation": rotation_angle(turn).mean(1),
         "fov": (fov[0] - fov[1]).abs().mean(1),
     }
     if target.scene_flow is not None and prediction.scene_flow is not None:
-        moving = target.scene_flow.norm(dim=-1) > 1e-6
-        miss = (prediction.scene_flow * ratio[:, None, None, None, None] - target.scene_flow).norm(dim=-1) * moving
-        errors["flow"] = miss.flatten(1).sum(1) / moving.flatten(1).sum(1)
+        told = known & target.scene_flow.isfinite().all(-1)
+        moving = told & (target.scene_flow.norm(dim=-1) > 1e-6)
+        miss = (prediction.scene_flow * ratio[:, None, None, None, None] - target.scene_flow).norm(dim=-1)
+        errors["flow"] = torch.where(moving, miss, 0).flatten(1).sum(1) / moving.flatten(1).sum(1)
     if target.dynamic_mask is not None and prediction.dynamic_mask is not None:
-        both = (prediction.dynamic_mask & target.dynamic_mask).flatten(1).sum(1)
-        errors["dynamic_iou"] = both / (prediction.dynamic_mask | target.dynamic_mask).flatten(1).sum(1)
+        both = (prediction.dynamic_mask & target.dynamic_mask & known).flatten(1).sum(1)
+        errors["dynamic_iou"] = both / ((prediction.dynamic_mask | target.dynamic_mask) & known).flatten(1).sum(1)
     return errors

@@ -96,6 +96,7 @@ class LatentGeometryModel(nn.Module):
     def predict(self, latents: Float[Tensor, "B C T H W"]) -> tuple[GeometryPrediction, dict[str, Tensor]]:
         """`forward` with the raw logits that a loss needs."""
         self._check(latents)
+        latents = latents.to(self.connector.conv.weight.dtype)  # trainers hold theirs in any format
         views = at_view_rate(latents, self.config.view_rate, self.config.temporal_stride)
         x = self.connector(views)  # (B, D, S, h, w)
         b, _, s, h, w = x.shape

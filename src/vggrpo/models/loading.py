@@ -16,7 +16,7 @@ from vggrpo.models.base import GeometryModel, LatentSpec
 from vggrpo.models.licences import licence_of
 from vggrpo.models.pretrained import is_hub_id, read_config, read_weights, reading
 from vggrpo.models.vae import VAE, ImageVAE
-from vggrpo.models.wan import WanVideoModel, read_latent_spec
+from vggrpo.models.wan import WanVAE, WanVideoModel, read_latent_spec
 
 logger = logging.getLogger(__name__)
 
@@ -60,15 +60,14 @@ def latent_spec(path: str | Path) -> LatentSpec:
     return read_latent_spec(assets.path("pipeline") if str(path) == EMBEDDED else path)
 
 
-def load_vae(path: str | Path, *, device: str = "auto", load_generator: bool = True) -> VAE:
-    """A VAE by its directory: an image autoencoder (`*_encoder.pth`), or the video model of any other path.
+def load_vae(path: str | Path, *, device: str = "auto") -> VAE:
+    """A VAE by its directory: an image autoencoder (`*_encoder.pth`), or that of a video model at any other path.
 
-    Args:
-        load_generator: also load what turns prompts into clips, where there is such a thing.
+    The video model's transformer and text encoder are not loaded.
     """
     if Path(path).is_dir() and any(Path(path).glob("*_encoder.*")):
         return ImageVAE.from_pretrained(path, pick_device(device))
-    return load_video_model(path, device=device, load_text=load_generator)
+    return WanVAE.from_pretrained(assets.path("pipeline") if str(path) == EMBEDDED else path, pick_device(device))
 
 
 def load_geometry_model(source: str | Path) -> GeometryModel:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from vggrpo.errors import UserError
 from vggrpo.io.atomic import atomic_path, atomic_write_json
@@ -50,8 +52,21 @@ def read_config(directory: Path) -> dict[str, Any]:
     return values
 
 
+class _Inert:
+    """What stands for every class or function of a checkpoint that is not torch's own: keeps nothing, does nothing."""
+
+    def __new__(cls, *_: Any, **__: Any) -> _Inert:
+        return object.__new__(cls)
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+
 def read_weights(source: Path) -> dict[str, Tensor]:
-    """Tensors of a weights file, or of the one that a directory holds; nothing but tensors is ever unpickled."""
+    """Tensors of a weights file, or of the one that a directory holds; no code of the file or that it names is run."""
     if source.is_dir():
         found = [source / name for name in WEIGHTS if (source / name).is_file()]
         if not found:  # a single file of any name, as Any4D has
@@ -61,15 +76,36 @@ def read_weights(source: Path) -> dict[str, Tensor]:
         source = found[0]
     if source.suffix == ".safetensors":
         return load_file(source)
-    try:
-        state = torch.load(source, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:  # torch's own advice is to run what it holds
-        raise ValueError(f"{source.name} is no weights file, or holds more than weights") from error
+    state = _unpickled(source)
     while isinstance(state, Mapping) and len(wrapped := [k for k in ("model", "state_dict") if k in state]) == 1:
         state = state[wrapped[0]]  # training checkpoints keep the weights beside the optimizer
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{source.name} holds something else than weights")
     return dict(state)
+
+
+def _unpickled(source: Path) -> Any:
+    """What a file of `torch.save` holds, with `_Inert` objects in the place of all that torch's safe reader refuses.
+
+    Training checkpoints keep arguments or a config beside the weights (map-anything and its descendants an
+    `argparse.Namespace` or an omegaconf). The names that the file asks for are listed without unpickling it, and the
+    safe reader, which imports nothing, gets the stub under each. Tensors are mapped: those that nobody asks for, such
+    as the optimizer's, are not read.
+
+    Raises:
+        UserError: the safe reader cannot make sense of it even so; says how to keep the weights alone.
+    """
+    archive = zipfile.is_zipfile(source)  # not so before torch 1.6: then nothing is listed or mapped
+    try:
+        names = get_unsafe_globals_in_checkpoint(source) if archive else []
+        with safe_globals([(_Inert, name) for name in names]):
+            return torch.load(source, map_location="cpu", weights_only=True, mmap=archive)
+    except (pickle.UnpicklingError, AttributeError, TypeError) as error:  # torch's own advice is to run what it holds
+        raise UserError(
+            f"{source} cannot be read: it is no weights file, or holds more than weights, in a way that only running "
+            "its code would tell; copy it again, or, where you trust it, keep its weights alone: "
+            f"`torch.save(torch.load('{source.name}', weights_only=False)['model'], 'weights.pt')`"
+        ) from error
 
 
 def build(make: Callable[[], _Network], state: dict[str, Tensor]) -> _Network:

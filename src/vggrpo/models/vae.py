@@ -1,7 +1,8 @@
 """The part of a video model that an LGM needs: a VAE. And a VAE that is no video model: a small image autoencoder.
 
-`WanVideoModel` satisfies `VAE` as it is. `ImageVAE` encodes every frame by itself (temporal stride 1): the TAESD family
-of madebyollin/taesd in its variant with pooling blocks (FLUX.2's latent space, 32 channels, /8).
+`WanVAE` satisfies `VAE`, and so does the whole `WanVideoModel`. `ImageVAE` encodes every frame by itself (temporal
+stride 1): the TAESD family of madebyollin/taesd in its variant with pooling blocks (FLUX.2's latent space, 32 channels,
+/8).
 """
 
 from __future__ import annotations

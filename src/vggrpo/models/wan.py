@@ -34,7 +34,63 @@ MAX_TEXT_TOKENS = (
 NUM_TRAIN_TIMESTEPS = 1000.0
 
 
-class WanVideoModel:
+class WanVAE:
+    """The VAE of a Wan pipeline, without what generates: satisfies `vggrpo.models.vae.VAE`."""
+
+    def __init__(self, vae: nn.Module | None, latent_spec: LatentSpec) -> None:
+        self.vae, self.latent_spec = vae, latent_spec
+        if vae is not None:
+            vae.eval().requires_grad_(False)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, device: str | torch.device = "cpu") -> WanVAE:
+        """Load the VAE of a `WanPipeline` directory or hub id, in float32; of the transformer only the config is read.
+
+        Raises:
+            UserError: as `WanVideoModel.from_pretrained`.
+        """
+        from diffusers import AutoencoderKLWan
+
+        spec = read_latent_spec(path)
+        return cls(_load(AutoencoderKLWan, path, "vae", torch_dtype=torch.float32).to(device), spec)
+
+    @property
+    def device(self) -> torch.device:
+        """Where latents and videos are made."""
+        return next(self._require_vae().parameters()).device
+
+    def encode_video(self, video: Float[Tensor, "B 3 T H W"]) -> Float[Tensor, "B C T1 H1 W1"]:
+        """Normalised latents `(z - latents_mean) / latents_std` of the posterior's mode; video in [0, 1]."""
+        vae = self._require_vae()
+        self.latent_spec.latent_shape(*video.shape[-3:])
+        latents = vae.encode((video * 2 - 1).to(self.device, torch.float32)).latent_dist.mode()
+        mean, std = self._latent_statistics(latents)
+        return (latents - mean) / std
+
+    def decode(self, latents: Float[Tensor, "B C T1 H1 W1"]) -> Float[Tensor, "B 3 T H W"]:
+        """Video in [0, 1] of normalised latents."""
+        vae = self._require_vae()
+        latents = latents.to(self.device, torch.float32)
+        mean, std = self._latent_statistics(latents)
+        video = vae.decode(latents * std + mean, return_dict=False)[0]
+        return (video / 2 + 0.5).clamp(0, 1)
+
+    def _require_vae(self) -> nn.Module:
+        if self.vae is None:
+            raise UserError("this model was loaded without its VAE; load it with load_vae=True")
+        return self.vae
+
+    def _latent_statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the VAE's latents, (1, C, 1, 1, 1)."""
+        config = self._require_vae().config
+        mean, std = (
+            torch.tensor(values, device=like.device, dtype=like.dtype).view(1, -1, 1, 1, 1)
+            for values in (config.latents_mean, config.latents_std)
+        )
+        return mean, std
+
+
+class WanVideoModel(WanVAE):
     """A loaded Wan pipeline. Nothing requires gradients until a LoRA is attached (`vggrpo.models.lora`)."""
 
     pipeline = "WanPipeline"
@@ -50,15 +106,14 @@ class WanVideoModel:
         latent_spec: LatentSpec,
         expand_timesteps: bool = False,
     ) -> None:
+        super().__init__(vae, latent_spec)
         self.transformer = transformer
         self.scheduler = scheduler
-        self.vae = vae
         self.text_encoder = text_encoder
         self.tokenizer = tokenizer
-        self.latent_spec = latent_spec
         self.frame_times = expand_timesteps
         self.autocast: torch.dtype | None = None
-        for module in (transformer, vae, text_encoder):
+        for module in (transformer, text_encoder):
             if module is not None:
                 module.eval().requires_grad_(False)
         self._text_attention = MergedPaddingAttention()
@@ -146,22 +201,6 @@ class WanVideoModel:
         text[:, :longest] = torch.where(mask[:, :longest, None] > 0, hidden, 0.0)
         return text.to(self.device)
 
-    def encode_video(self, video: Float[Tensor, "B 3 T H W"]) -> Float[Tensor, "B C T1 H1 W1"]:
-        """Normalised latents `(z - latents_mean) / latents_std` of the posterior's mode; video in [0, 1]."""
-        vae = self._require_vae()
-        self.latent_spec.latent_shape(*video.shape[-3:])
-        latents = vae.encode((video * 2 - 1).to(self.device, torch.float32)).latent_dist.mode()
-        mean, std = self._latent_statistics(latents)
-        return (latents - mean) / std
-
-    def decode(self, latents: Float[Tensor, "B C T1 H1 W1"]) -> Float[Tensor, "B 3 T H W"]:
-        """Video in [0, 1] of normalised latents."""
-        vae = self._require_vae()
-        latents = latents.to(self.device, torch.float32)
-        mean, std = self._latent_statistics(latents)
-        video = vae.decode(latents * std + mean, return_dict=False)[0]
-        return (video / 2 + 0.5).clamp(0, 1)
-
     def predict_velocity(
         self, latents: Float[Tensor, "B C T1 H1 W1"], t: Float[Tensor, "B ..."], text: Float[Tensor, "B L D"]
     ) -> Float[Tensor, "B C T1 H1 W1"]:
@@ -212,20 +251,6 @@ class WanVideoModel:
         solver.set_timesteps(num_steps, device=self.device)
         solver.set_begin_index(0)
         return solver
-
-    def _require_vae(self) -> nn.Module:
-        if self.vae is None:
-            raise UserError("this model was loaded without its VAE; load it with load_vae=True")
-        return self.vae
-
-    def _latent_statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the VAE's latents, (1, C, 1, 1, 1)."""
-        config = self._require_vae().config
-        mean, std = (
-            torch.tensor(values, device=like.device, dtype=like.dtype).view(1, -1, 1, 1, 1)
-            for values in (config.latents_mean, config.latents_std)
-        )
-        return mean, std
 
 
 def read_latent_spec(path: str | Path) -> LatentSpec:

@@ -34,7 +34,7 @@ class LatentGeometryReward(nn.Module):
             such as a recipe has them (`vggrpo.rewards.registry.audited_options`); None: their defaults.
 
     Raises:
-        UserError: options of another reward, or that the reward does not have.
+        UserError: options of another reward, or that the reward does not have; `chunk` is less than 1.
     """
 
     def __init__(
@@ -46,6 +46,7 @@ class LatentGeometryReward(nn.Module):
         options: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         super().__init__()
+        _check_chunk(chunk)
         check_all_options(options or {}, AUDITED)
         self.lgm, self.chunk, self.differentiable = lgm, chunk, differentiable
         self.options = {name: dict((options or {}).get(name, {})) for name in AUDITED}
@@ -67,7 +68,12 @@ class LatentGeometryReward(nn.Module):
         return cls(LatentGeometryModel.from_pretrained(directory), chunk, differentiable, options=options)
 
     def forward(self, latents: Float[Tensor, "B C T H W"]) -> dict[str, Float[Tensor, " B"]]:
-        """`motion` and `geometry` rewards in [0, 1], `valid` (bool), all terms (`e_trans`, `e_rot`, `e_geo`, ...)."""
+        """`motion` and `geometry` rewards in [0, 1], `valid` (bool), all terms (`e_trans`, `e_rot`, `e_geo`, ...).
+
+        Raises:
+            UserError: no clips, or latents that the LGM refuses.
+        """
+        _check_not_empty(latents)
         with torch.set_grad_enabled(self.differentiable and torch.is_grad_enabled()):
             while True:
                 try:
@@ -102,7 +108,8 @@ class WeightedLatentReward:
         chunk: clips that go through the LGM at once.
 
     Raises:
-        UserError: for an unknown reward or option, or weights that are negative or all zero.
+        UserError: for an unknown reward or option, weights that are negative or all zero, or a `chunk`
+            of less than 1.
     """
 
     def __init__(
@@ -114,6 +121,7 @@ class WeightedLatentReward:
     ) -> None:
         if min(weights.values(), default=0) < 0 or not sum(weights.values()) > 0:
             raise UserError(f"the weights of the rewards are {dict(weights)}; give at least one that is positive")
+        _check_chunk(chunk)
         check_all_options(options or {}, weights)
         total = sum(weights.values())
         self._terms = [(get_reward(name), weight / total, dict((options or {}).get(name, {})))
@@ -121,7 +129,12 @@ class WeightedLatentReward:
         self._lgm, self._chunk = lgm, chunk
 
     def __call__(self, latents: Float[Tensor, "B C T H W"], prompts: Sequence[str]) -> Float[Tensor, " B"]:
-        """One number a clip; NaN, without gradient, where any of the rewards cannot be computed."""
+        """One number a clip; NaN, without gradient, where any of the rewards cannot be computed.
+
+        Raises:
+            UserError: no clips, or latents that the LGM refuses.
+        """
+        _check_not_empty(latents)
         parts = []
         for start in range(0, len(latents), self._chunk):
             piece = slice(start, start + self._chunk)
@@ -131,3 +144,13 @@ class WeightedLatentReward:
             total = torch.stack(values).sum(0)
             parts.append(torch.where(total.isfinite(), total, torch.full_like(total, torch.nan)))
         return torch.cat(parts)
+
+
+def _check_chunk(chunk: int) -> None:
+    if chunk < 1:
+        raise UserError(f"chunk is {chunk}; give the number of clips that go through the LGM at once, 1 or more")
+
+
+def _check_not_empty(latents: Tensor) -> None:
+    if not latents.numel():
+        raise UserError(f"there is nothing to score in latents of shape {tuple(latents.shape)}; give one clip or more")
