@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from functools import partial
 
 import pytest
 
@@ -105,18 +106,19 @@ def test_videos_are_made_and_measured_as_the_settings_say(tmp_path, monkeypatch,
 
 
 def test_the_embedded_classifier_compares_no_features_of_other_pipelines(tmp_path, monkeypatch):
-    asked = []
-
-    def fake_quality(base, tuned, *, reference):
-        asked.append(reference)
+    def asked(*_, **__):
+        raise LookupError("the classifier was asked")
 
     entry = {"value": 0.5, "unit": "", "valid": True, "reason": None}
     rows = [{"path": f"{i}.mp4", "prompt": f"{i}", "seed": 0, "arm": "x", "metrics": {"motion_flow": entry}}
             for i in range(3)]  # fmt: skip
-    monkeypatch.setattr(cells, "compare_quality", fake_quality)
-    for settings, expected in ((WAN, []), (Settings(), [96])):
-        row = cells.compared(arm_named("sft"), rows, [rows], ["static"], tmp_path, settings)
-        assert asked == expected and row["checks"]["quality"]["about"] == "not measured"
+    monkeypatch.setattr(cells, "reference_clips", asked)
+    runs = {"base": [rows], "sft": [rows]}
+    compare = partial(cells.compared, arm_named("sft"), cells.BASE, runs, ["static"], tmp_path)
+    row = compare(WAN)
+    assert row["checks"]["quality"]["about"] == "not measured" and cells.KERNEL_DISTANCE not in row["metrics"]
+    with pytest.raises(LookupError):
+        compare(Settings())
 
 
 def test_what_is_measured_may_change_in_an_output_and_the_frame_rate_not(tmp_path):
