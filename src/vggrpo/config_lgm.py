@@ -76,7 +76,8 @@ class ClipsConfig(Section):
     shard_size: int = Field(default=32, ge=1)
     """Clips in one file of the cache."""
     micro_batch: int = Field(default=4, ge=1)
-    """Clips per call of VAE, generator and teacher while the cache is made."""
+    """Clips per call of VAE and teacher while the cache is made and layers are searched; clips are generated one by
+    one."""
 
 
 class StitchConfig(Section):

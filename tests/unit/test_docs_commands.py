@@ -62,3 +62,14 @@ def test_every_field_of_a_wan_recipe_is_explained(recipe):
     for key, value in yaml.safe_load(recipe.read_text()).items():
         names = [f"{key}.{name}" for name in value] if isinstance(value, dict) and key != "rewards" else [key]
         assert not [name for name in names if name not in explained]
+
+
+def test_a_geometry_backend_is_told_all_that_the_protocol_asks_for():
+    from vggrpo.models import GeometryModel
+
+    page = (ROOT / "docs" / "add_geometry_backend.md").read_text(encoding="utf-8")
+    table = page.split("## What the file holds")[1].split("## ")[0]
+    methods = {name for name in vars(GeometryModel) if not name.startswith("_")}
+    asked = methods | set(GeometryModel.__annotations__) | {"forward"}  # what `__call__` of a module is
+    assert len(asked) > 10
+    assert asked <= set(re.findall(r"`(\w+)[`(]", table))

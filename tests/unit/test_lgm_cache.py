@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,10 +14,13 @@ import torch
 from lgm_material import FRAMES, SIZE, BlockVAE, frames, teacher, write_videos
 
 from vggrpo.errors import UserError
+from vggrpo.geometry import GeometryPrediction
 from vggrpo.io.manifest import ManifestRow, write_manifest
 from vggrpo.io.video import write_video
-from vggrpo.lgm.cache import CachedClips, CacheSettings, build_cache, encode_clips, teacher_views
+from vggrpo.lgm.cache import CachedClips, CacheSettings, build_cache, encode_clips, pack_geometry, teacher_views
 from vggrpo.lgm.clips import Clip, Source, fit_frame, kept_share, video_sources
+from vggrpo.models.base import LatentSpec
+from vggrpo.models.border import patch_image_size
 
 SETTINGS = CacheSettings({"VAE": "a", "teacher": "b"}, view_stride=4, shard_size=2, micro_batch=2)
 
@@ -301,3 +305,23 @@ def test_sidecars_are_json(tmp_path):
     sidecar.write_text("{")
     with pytest.raises(UserError, match="damaged; delete it"):
         CachedClips(tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    "name, clip, spec", [("Wan2.1 at", (81, 480, 832), (16, 4, 8)), ("Wan2.2 at", (121, 704, 1280), (48, 4, 16))]
+)
+def test_the_docs_say_how_large_a_clip_is(name, clip, spec):
+    """By shapes alone: Any4D sees a token of 16 pixels as 14, and gives depth, confidence, two flows and a mask."""
+    latents = torch.zeros(1, *LatentSpec(*spec).latent_shape(*clip), device="meta").half()
+    maps = (1, latents.shape[2], *patch_image_size(clip[1:], 14))
+    cameras = torch.zeros(*maps[:2], 4, 4, device="meta"), torch.zeros(*maps[:2], 3, 3, device="meta")
+    flow = torch.zeros(*maps, 3, device="meta")
+    moves = torch.zeros(maps, dtype=torch.bool, device="meta")
+    said = GeometryPrediction.from_depth(
+        *cameras, torch.zeros(maps, device="meta"), scene_flow=flow, dynamic_mask=moves
+    )
+    views, first_flow = torch.zeros(*maps, 3, dtype=torch.uint8, device="meta"), flow.half()
+    columns = [latents, views, first_flow, *pack_geometry(said).values()]
+    megabytes = sum(column.numel() * column.element_size() for column in columns) / 1e6
+    page = (Path(__file__).parents[2] / "docs" / "train_lgm.md").read_text(encoding="utf-8")
+    assert f"{megabytes:.0f} MB for {name} {clip[1]}x{clip[2]}x{clip[0]}" in page
