@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from vggrpo.geometry import GeometryPrediction
@@ -83,6 +83,7 @@ def distillation_loss(
     teacher: GeometryPrediction,
     weights: dict[str, float] = WEIGHTS,
     first_flow: Float[Tensor, "B S H W 3"] | None = None,
+    moving_pixels: Tensor | float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`geometry_loss` against the word of a teacher, in the teacher's unit.
 
@@ -92,23 +93,38 @@ def distillation_loss(
         raw: logits of the masks, where the network has such heads (`dynamic_logit`, `subject_logit`).
         first_flow: the teacher's `flow_from_first`, for a backend whose flow head says that: it is learned in place of
             the scene flow, which such a backend derives from it by visibility.
+        moving_pixels: what the error on moving pixels is divided by, where these clips are a part of a batch: the
+            `moving_mask` pixels of all of it times the share of these clips; None: those of these clips.
     """
     scale = depth_unit(teacher)
     prediction, target = unit_depth(prediction, scale), unit_depth(teacher, scale)
     known = target.conf > 0
     own = prediction.detach()
+    moving = moving_mask(teacher)
     target.depth = torch.where(known, target.depth, own.depth)
     target.points = torch.where(known[..., None], target.points, own.points)
     if target.scene_flow is not None and own.scene_flow is not None:
         told = known[..., None] & target.scene_flow.isfinite()
         target.scene_flow = torch.where(told, target.scene_flow, own.scene_flow)
-    parts, _ = _shape_parts(prediction, target)
+    parts, _ = _shape_parts(prediction, target, moving, moving_pixels)
     if first_flow is not None:
         miss = (raw["flow_from_first"] - first_flow).abs().sum(-1) / scale[:, None, None, None]
         parts["flow"] = torch.where(known[:, :1], miss, torch.zeros_like(miss)).mean()
     parts["conf"] = (prediction.conf - target.conf).abs().mean()
     _add_masks(parts, raw, target)
     return _weighted(parts, weights)
+
+
+# Flow up to this is none, in first-view median depths.
+_STILL = 1e-6
+
+
+def moving_mask(teacher: GeometryPrediction) -> Bool[Tensor, "B S H W"] | None:
+    """Where a teacher knows that something moves; None if it tells no flow."""
+    flow = unit_depth(teacher).scene_flow
+    if flow is None:
+        return None
+    return (teacher.conf > 0) & flow.isfinite().all(-1) & (flow.abs().sum(-1) > _STILL)
 
 
 def _weighted(parts: dict[str, Tensor], weights: dict[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -123,9 +139,17 @@ def _add_masks(parts: dict[str, Tensor], raw: dict[str, Tensor], target: Geometr
 
 
 def _shape_parts(
-    prediction: GeometryPrediction, target: GeometryPrediction
+    prediction: GeometryPrediction,
+    target: GeometryPrediction,
+    moving: Bool[Tensor, "B S H W"] | None = None,
+    moving_pixels: Tensor | float | None = None,
 ) -> tuple[dict[str, Tensor], Float[Tensor, "B S H W"]]:
-    """Losses of depth, cameras, points and flow, and the relative depth error of each pixel."""
+    """Losses of depth, cameras, points and flow, and the relative depth error of each pixel.
+
+    Args:
+        moving: None: wherever the target's flow is not zero.
+        moving_pixels: see `distillation_loss`.
+    """
     depth = target.depth
     log_ratio = prediction.depth.log() - depth.log()
     error = log_ratio.abs()
@@ -150,9 +174,11 @@ def _shape_parts(
     }
     if target.scene_flow is not None and prediction.scene_flow is not None:
         miss = (prediction.scene_flow - target.scene_flow).abs().sum(-1)
-        moving = (target.scene_flow.abs().sum(-1) > 1e-6).float()
+        if moving is None:
+            moving = target.scene_flow.abs().sum(-1) > _STILL
+        count = moving.sum().clamp_min(1) if moving_pixels is None else moving_pixels
         # Few pixels move, so they count as much as all the others together.
-        parts["flow"] = miss.mean() + (miss * moving).sum() / moving.sum().clamp_min(1.0)
+        parts["flow"] = miss.mean() + (miss * moving).sum() / count
     return parts, error
 
 

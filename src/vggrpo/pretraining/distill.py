@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,11 @@ from vggrpo.lgm.model import LGMConfig, geometry_licence
 from vggrpo.lgm.ranking import rank_downstream, write_search
 from vggrpo.lgm.search import Pair, StitchFit, load_fit, save_fit, search_layers
 from vggrpo.lgm.training import Material, distill, stitched
-from vggrpo.models.base import GeometryModel
+from vggrpo.models.base import GeometryModel, LatentSpec
 from vggrpo.models.loading import load_geometry_model, load_video_model, pick_device
 from vggrpo.models.vae import VAE, ImageVAE, weights_hash
 from vggrpo.models.wan import WanVideoModel
+from vggrpo.posttraining.micro_batch import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -59,16 +61,21 @@ def train_lgm(config: TrainLGMConfig, *, search_only: bool = False, progress: bo
         check_resumable(checkpoint.state["config"], config)
     parts = _Parts.load(config, processes)
     material = make_cache(config, parts, processes)
+    parts = parts.without_makers()
+    if parts.device.type == "cuda":
+        torch.cuda.empty_cache()
     if processes.is_main:
         atomic_write(output / "config.yaml", dump_lgm_config(config))
     base = _lgm_config(config, parts, material)
     fit = find_stitch(config, parts, material, base, processes)
     if search_only:
         return output / "search.json"
+    # The teacher's word is in the cache, so the LGM may have its layers: no second copy of them in memory.
     model = stitched(base.model_copy(update={"layer": fit.layer}), parts.teacher, fit)
     torch.manual_seed(config.seed)
     model.add_lora()
-    errors = distill(config, model, material, processes=processes, progress=progress)
+    with _advice():
+        errors = distill(config, model, material, processes=processes, progress=progress)
     if processes.is_main:
         model.save_pretrained(output / "lgm")
         card = {
@@ -83,16 +90,32 @@ def train_lgm(config: TrainLGMConfig, *, search_only: bool = False, progress: bo
     return output / "lgm"
 
 
+@contextmanager
+def _advice() -> Iterator[None]:
+    """Out of memory is the user's to mend: say with what."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            "out of memory: set distill.micro_batch: 1 and distill.gradient_checkpointing: true, and run again to go "
+            "on; `vggrpo doctor` estimates what a recipe needs"
+        ) from error
+
+
 @dataclass(frozen=True)
 class _Parts:
     """The loaded models.
 
     Attributes:
-        generator: the video model, where there is one that can make clips.
+        vae, generator: what makes the cache, the latter where it can make clips; None once that is done.
+        spec: shape arithmetic of the VAE.
         geometry_path: what the LGM's manifest names: an absolute path, a hub id or "embedded".
     """
 
-    vae: VAE
+    vae: VAE | None
+    spec: LatentSpec
     teacher: GeometryModel
     generator: WanVideoModel | None
     geometry_path: str
@@ -116,12 +139,19 @@ class _Parts:
         vae.latent_spec.latent_shape(config.clips.num_frames, config.clips.height, config.clips.width)
         path = config.geometry.path
         teacher = load_geometry_model(path).to(device)  # type: ignore[attr-defined]
-        return cls(vae, teacher, generator, str(Path(path).resolve()) if Path(path).exists() else path, device)
+        return cls(
+            vae, vae.latent_spec, teacher, generator, str(Path(path).resolve()) if Path(path).exists() else path, device
+        )
+
+    def without_makers(self) -> _Parts:
+        """VAE, transformer and text encoder forgotten: search and distillation read the cache."""
+        return replace(self, vae=None, generator=None)
 
 
 def make_cache(config: TrainLGMConfig, parts: _Parts, processes: Processes) -> Material:
     """Fill the cache and split its clips."""
-    clips, spec = config.clips, parts.vae.latent_spec
+    assert parts.vae is not None
+    clips, spec = config.clips, parts.spec
     stride = spec.temporal_stride if config.stitch.view_rate == "latent" else 1
     identity = {
         "VAE": weights_hash(getattr(parts.vae, "vae", parts.vae)),  # a video model holds its VAE, an image VAE is one
@@ -172,7 +202,7 @@ def find_stitch(
         fits = search_layers(parts.teacher, pairs(train), pairs(heldout), base.stride, layers, stitch.ridge)
         ranked = rank_downstream(
             fits,
-            lambda fit: stitched(base.model_copy(update={"layer": fit.layer}), parts.teacher, fit, copy=False),
+            lambda fit: stitched(base.model_copy(update={"layer": fit.layer}), parts.teacher, fit),
             lambda: material.clips.pairs(heldout, batch, parts.device),
             stitch.rank_by,
         )
@@ -184,7 +214,7 @@ def find_stitch(
 
 def _lgm_config(config: TrainLGMConfig, parts: _Parts, material: Material) -> LGMConfig:
     """The manifest, but for the layer."""
-    spec = parts.vae.latent_spec
+    spec = parts.spec
     latents, views = next(material.clips.pairs(material.train[:1], 1, parts.device))
     return LGMConfig(
         geometry=parts.geometry_path,
