@@ -119,7 +119,7 @@ def first_update(place, name, *overrides):
 
 
 @pytest.mark.parametrize(
-    ("size", "dtype", "gradients", "losses_"),
+    ("size", "dtype", "gradients", "rounding"),
     [(1, "double", 1e-9, 1e-9), (3, "double", 1e-9, 1e-9), (1, "float", 1e-3, 2e-6)],
 )
 def test_a_batch_in_parts_is_the_whole_batch(place, size, dtype, gradients, rounding, monkeypatch):

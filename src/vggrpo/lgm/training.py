@@ -147,20 +147,10 @@ class _Distillation:
         means: dict[str, float] = {}
         self.model.train()
         for clips in _chunks(mine, settings.micro_batch or len(mine)):
-            with watch.stage("data"):
-                rows = self.material.clips.rows(clips, None)
-                target = self.material.clips.geometry(rows, self.material.view_stride, self.device)
-                latents = rows["latents"].to(self.device).float()
-                first_flow = rows[FIRST_FLOW].to(self.device).float() if self.first_flow else None
-            with watch.stage("update"):
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.bf16):
-                    prediction, raw = self.model.predict(latents)
-                count = None if moving is None else moving * len(clips) / len(batch)
-                loss, parts = distillation_loss(prediction, raw, target, settings.weights, first_flow, count)
-                share = len(clips) / len(mine)
-                (loss * share / self.processes.size).backward()
-                for name, value in (parts | {"loss": loss}).items():
-                    means[name] = means.get(name, 0.0) + share * value.item()
+            share = len(clips) / len(mine)
+            count = None if moving is None else moving * len(clips) / len(batch)
+            for name, value in self._backward(clips, share, count, watch).items():
+                means[name] = means.get(name, 0.0) + share * value
         with watch.stage("update"):
             self.processes.sum_gradients(self.trained.values())
             norm = nn.utils.clip_grad_norm_(list(self.trained.values()), settings.grad_clip)
@@ -168,6 +158,28 @@ class _Distillation:
         return self._mean(means) | {
             "grad_norm": norm.item(), "learning_rate": self.optimizer.param_groups[0]["lr"]
         }  # fmt: skip
+
+    def _backward(
+        self, clips: Sequence[int], share: float, moving_pixels: float | None, watch: Stopwatch
+    ) -> dict[str, float]:
+        """Add the gradients of some clips; their losses.
+
+        Args:
+            share: of these clips among those of this process.
+            moving_pixels: see `distillation_loss`.
+        """
+        with watch.stage("data"):
+            rows = self.material.clips.rows(clips, None)
+            target = self.material.clips.geometry(rows, self.material.view_stride, self.device)
+            latents = rows["latents"].to(self.device).float()
+            first_flow = rows[FIRST_FLOW].to(self.device).float() if self.first_flow else None
+        with watch.stage("update"):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.bf16):
+                prediction, raw = self.model.predict(latents)
+            weights = self.settings.weights
+            loss, parts = distillation_loss(prediction, raw, target, weights, first_flow, moving_pixels)
+            (loss * share / self.processes.size).backward()
+            return {name: value.item() for name, value in (parts | {"loss": loss}).items()}
 
     def _moving_pixels(self, clips: Sequence[int]) -> float | None:
         """Pixels of the whole batch that move, at least 1; None where nobody asks: this process sees the batch

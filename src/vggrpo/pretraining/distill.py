@@ -139,9 +139,8 @@ class _Parts:
         vae.latent_spec.latent_shape(config.clips.num_frames, config.clips.height, config.clips.width)
         path = config.geometry.path
         teacher = load_geometry_model(path).to(device)  # type: ignore[attr-defined]
-        return cls(
-            vae, vae.latent_spec, teacher, generator, str(Path(path).resolve()) if Path(path).exists() else path, device
-        )
+        named = str(Path(path).resolve()) if Path(path).exists() else path
+        return cls(vae, vae.latent_spec, teacher, generator, named, device)
 
     def without_makers(self) -> _Parts:
         """VAE, transformer and text encoder forgotten: search and distillation read the cache."""
