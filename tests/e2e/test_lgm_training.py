@@ -221,7 +221,7 @@ def test_search_only_and_one_layer(place):
     table = json.loads(train(place, "r2", "stitch.rank_by=r2", search_only=True).read_text())
     assert [row["r2"] for row in table["layers"]] == sorted((row["r2"] for row in table["layers"]), reverse=True)
     with pytest.raises(UserError, match="not safe for this model's heads"):
-        train(place, "unsafe", "stitch.layers=[0, 2]")
+        train(place, "unsafe", "stitch.layers=[0, 3]")
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_written(place):
