@@ -2,6 +2,7 @@
 
     python benchmarks/full_shape.py wan2.1-t2v-1.3b data.num_frames=33 grpo.samples_per_prompt=8 [key=value ...]
     python benchmarks/full_shape.py wan2.1-t2v-1.3b --account       # without a GPU: count what autograd would keep
+    python benchmarks/full_shape.py lgm-wan2.1-any4d --account      # the same for the training of an LGM
     python benchmarks/full_shape.py tiny --sweep cost.png           # seconds against videos, trained steps and tokens
 
 Weights, text and prompts are random, so nothing is downloaded; the transformer has the recipe's own shape. The geometry
@@ -22,11 +23,12 @@ import tempfile
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
+from unittest.mock import patch
 
 import cv2
 import numpy as np
@@ -40,20 +42,25 @@ from torch.utils._pytree import tree_leaves
 from vggrpo import assets
 from vggrpo.config import EMBEDDED, TrainConfig, load_config
 from vggrpo.config_algorithms import least_micro_batch
+from vggrpo.config_lgm import TrainLGMConfig, load_lgm_config
 from vggrpo.distributed import Processes
 from vggrpo.geometry import GeometryPrediction
 from vggrpo.io.atomic import atomic_write
 from vggrpo.lgm import LatentGeometryModel
+from vggrpo.lgm.losses import distillation_loss
 from vggrpo.models.base import GeometryModel, LatentSpec
+from vggrpo.models.border import patch_image_size
 from vggrpo.models.loading import pick_device
 from vggrpo.models.memory import (
     TransformerShape,
     block_values,
+    distillation_memory,
     forward_memory,
     geometry_memory,
     pipeline_shape,
     training_memory,
 )
+from vggrpo.models.recompute import set_recompute
 from vggrpo.models.wan import WanVideoModel
 from vggrpo.posttraining.algorithm import Context
 from vggrpo.posttraining.grpo import GRPO
@@ -146,6 +153,75 @@ def account_geometry(config: TrainConfig) -> dict[str, float]:
         "geometry_gib": geometry_peak(config) / _GIB,
         "doctor_geometry_gib": geometry_memory(data.num_frames, data.height, data.width),
     }
+
+
+def account_lgm(config: TrainLGMConfig) -> dict[str, float]:
+    """GiB that one forward and backward pass of an LGM around Any4D holds at once: counted, and by the doctor's
+    formula."""
+    clips, distill = config.clips, config.distill
+    formula = distillation_memory(
+        clips.num_frames if config.stitch.view_rate == "frame" else (clips.num_frames - 1) // 4 + 1,
+        clips.height,
+        clips.width,
+        clips=distill.micro_batch or distill.batch,
+        checkpointing=distill.gradient_checkpointing,
+        bf16=distill.bf16,
+    )
+    return {"distill_gib": distillation_peak(config) / _GIB, "doctor_distill_gib": formula}
+
+
+def distillation_peak(config: TrainLGMConfig) -> int:
+    """Most bytes that an update's pass over `distill.micro_batch` clips holds at once, stitched before the first layer:
+    the teacher's maps, activations, gradients; weights left out."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from vggrpo.models.any4d import Any4D, Any4DConfig
+
+    clips, distill, shape = config.clips, config.distill, pipeline_shape(config.video.path)
+    count = distill.micro_batch or distill.batch
+    size = patch_image_size((clips.height, clips.width))
+    spec = LatentSpec(_channels(shape), spatial_stride=shape.spatial_stride)
+    with torch.device("meta"):
+        lgm = random_lgm(Any4D(Any4DConfig()), shape, lora_rank=distill.lora_rank, view_rate=config.stitch.view_rate)
+        lgm.add_lora()
+    lgm._check = lambda latents: None  # type: ignore[method-assign]  # fake values cannot be looked at
+    lgm.connector.requires_grad_()
+    lgm.train()
+    set_recompute(lgm, distill.gradient_checkpointing)
+    with FakeTensorMode():
+        _become_fake(lgm)
+        with _as_on_cuda(), _Peak() as peak:
+            latents = torch.zeros(count, *spec.latent_shape(clips.num_frames, clips.height, clips.width))
+            with torch.autocast("cpu", torch.bfloat16) if distill.bf16 else nullcontext():
+                prediction, raw = lgm.predict(latents)
+            pixels = (count, prediction.depth.shape[1], *size)
+            teacher = GeometryPrediction.from_depth(
+                prediction.cam2world.detach(),
+                prediction.intrinsics.detach(),
+                torch.ones(pixels),
+                torch.ones(pixels),
+                scene_flow=torch.zeros(*pixels, 3),
+                dynamic_mask=torch.zeros(pixels, dtype=torch.bool),
+            )
+            loss, _ = distillation_loss(prediction, raw, teacher, distill.weights, torch.zeros(*pixels, 3))
+            loss.backward()
+    return peak.most
+
+
+@contextmanager
+def _as_on_cuda() -> Iterator[None]:
+    """A GPU's choices for what claims to be on a CPU: attention that keeps no scores; norms in float32 under
+    autocast."""
+    norm = functional.layer_norm
+
+    def in_float32(x: Tensor, *options: Any, **named: Any) -> Tensor:
+        return norm(x.float() if torch.is_autocast_enabled("cpu") else x, *options, **named)
+
+    with (
+        patch("vggrpo.models.vit_layers.attend", functional.scaled_dot_product_attention),
+        patch("torch.nn.functional.layer_norm", in_float32),
+    ):
+        yield
 
 
 def _kept_bytes(config: TrainConfig, shape: TransformerShape, dtype: torch.dtype, layers: int) -> int:
@@ -394,13 +470,13 @@ def random_reader(geometry: GeometryModel, shape: TransformerShape, maps: Reader
     return read
 
 
-def random_lgm(geometry: GeometryModel, shape: TransformerShape) -> LatentGeometryModel:
+def random_lgm(geometry: GeometryModel, shape: TransformerShape, **options: Any) -> LatentGeometryModel:
     """An LGM around `geometry` for the latents of a transformer of that shape."""
     from vggrpo.lgm.model import LGMConfig
 
     config = LGMConfig(
-        geometry="", vae="random", latent_channels=_channels(shape), stride=16 // shape.spatial_stride, lora_rank=0,
-        backend=geometry.model_type,
+        geometry="", vae="random", latent_channels=_channels(shape), stride=16 // shape.spatial_stride,
+        backend=geometry.model_type, **{"lora_rank": 0} | options,
     )  # fmt: skip
     return LatentGeometryModel(config, geometry).eval().requires_grad_(False)
 
@@ -426,6 +502,9 @@ def main() -> None:
     parser.add_argument("--account", action="store_true", help="count memory without a GPU")
     parser.add_argument("--sweep", type=Path, metavar="PNG", help="cost against size, with a plot")
     arguments = parser.parse_args()
+    if arguments.account and Path(arguments.recipe).stem.startswith("lgm-"):
+        print(json.dumps(account_lgm(load_lgm_config(arguments.recipe, arguments.overrides)), indent=1))
+        return
     with tempfile.TemporaryDirectory() as folder:
         overrides = ["stop={}", *arguments.overrides, f"output={folder}"]
         if arguments.sweep is not None:

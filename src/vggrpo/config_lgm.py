@@ -14,7 +14,13 @@ from vggrpo.config_loading import first_difference, load_section
 from vggrpo.errors import UserError
 
 # What may change when a run goes on: it decides how long a run is and where it writes, not what is trained.
-RESUMABLE_LGM = frozenset({"output", "cache", "updates", "save_every", "keep_last", "video.device"})
+RESUMABLE_LGM = frozenset(
+    {
+        "output", "cache", "updates", "save_every", "keep_last", "video.device",
+        # These change rounding at most, and are what a run that ran out of memory needs.
+        "distill.gradient_checkpointing", "distill.micro_batch",
+    }
+)  # fmt: skip
 LOSS_WEIGHTS = {
     "depth": 3.0, "slope": 1.0, "translation": 4.0, "rotation": 4.0, "focal": 0.5, "points": 0.5, "conf": 0.05,
     "flow": 1.0, "dynamic": 0.05, "subject": 0.05,
@@ -104,6 +110,12 @@ class DistillConfig(Section):
 
     batch: int = Field(default=8, ge=1)
     """Clips per update, over all processes."""
+    micro_batch: int | None = Field(default=None, ge=1)
+    """Clips per forward and backward pass, and per measurement of held-out clips; null: all of a process at once.
+    Gradients are those of the whole batch."""
+    gradient_checkpointing: bool = False
+    """Make activations again in the backward pass instead of keeping them: the same numbers, a fraction of the memory,
+    about a third more time."""
     learning_rate: float = Field(default=2e-4, gt=0)
     """Step size after warm-up (paper: 2e-4)."""
     warmup_updates: int = Field(default=100, ge=0)

@@ -9,10 +9,21 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+from collections.abc import Callable
 from pathlib import Path
 
 from vggrpo.models.licences import WEIGHTS, Weights
-from vggrpo.models.memory import ANY4D, TEXT_ENCODER, forward_memory, geometry_memory, pipeline_shape, training_memory
+from vggrpo.models.memory import (
+    ANY4D,
+    ANY4D_CONNECTOR,
+    ANY4D_LORA,
+    TEXT_ENCODER,
+    distillation_memory,
+    forward_memory,
+    geometry_memory,
+    pipeline_shape,
+    training_memory,
+)
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "av", "opencv-python-headless", "plotly")
 RECIPES = (
@@ -24,6 +35,7 @@ RECIPES = (
     "wan2.2-ti2v-5b-1gpu-24gb",
     "wan2.2-ti2v-5b-1gpu-80gb",
 )
+LGM_RECIPES = ("lgm-wan2.1-any4d", "lgm-wan2.2-any4d")
 _GIB = 1024**3
 
 
@@ -75,6 +87,44 @@ def recipe_memory(name: str) -> dict[str, float]:
             weight_bytes=size,
             checkpointing=config.model.gradient_checkpointing,
             full=full,
+        ),
+    }
+
+
+def lgm_recipe_memory(name: str) -> dict[str, float]:
+    """Memory in GiB that each stage of a shipped LGM recipe around Any4D needs on one GPU:
+
+    "cache": transformer and text encoder of the generator, Any4D in float32, and a forward pass of the generator
+    (`forward_memory`) or Any4D's reading of `clips.micro_batch` clips, whichever takes more; what the VAE works with is
+    not counted. "distill": Any4D, LoRA and connector (fp32 weight, gradient and two Adam moments: 16 bytes each) and
+    `distillation_memory` of `distill.micro_batch` clips; nothing of the generator is left then. The layer search
+    between the two keeps no activations.
+
+    Raises:
+        UserError: when the recipe or its pipeline is missing.
+    """
+    from vggrpo.config_lgm import load_lgm_config
+
+    config = load_lgm_config(name)
+    clips, distill, shape = config.clips, config.distill, pipeline_shape(config.video.path)
+    size, channels = 4 if config.video.dtype == "float32" else 2, 16 if shape.spatial_stride == 8 else 48
+    views = clips.num_frames if config.stitch.view_rate == "frame" else (clips.num_frames - 1) // 4 + 1
+    generates = clips.generated_share > 0
+    tokens = shape.tokens(clips.num_frames, clips.height, clips.width)
+    velocity = forward_memory(shape, tokens, batch=2 if clips.guidance_scale > 1 else 1, value_bytes=size)
+    reading = clips.micro_batch * geometry_memory(clips.num_frames, clips.height, clips.width)
+    trained = distill.lora_rank * ANY4D_LORA + channels * ANY4D_CONNECTOR
+    weights = size * (shape.parameters + generates * TEXT_ENCODER) + 4 * ANY4D
+    return {
+        "cache": weights / _GIB + max(velocity * generates, reading),
+        "distill": (4 * ANY4D + 16 * trained) / _GIB
+        + distillation_memory(
+            views,
+            clips.height,
+            clips.width,
+            clips=distill.micro_batch or distill.batch,
+            checkpointing=distill.gradient_checkpointing,
+            bf16=distill.bf16,
         ),
     }
 
@@ -140,7 +190,7 @@ def report() -> str:
         ("devices", devices()),
         ("memory", [f"{memory.available / _GIB:.0f} of {memory.total / _GIB:.0f} GiB free"]),
         ("embedded models (Apache-2.0, shipped; `vggrpo demo` needs nothing else)", _table(embedded_models())),
-        ("memory that each recipe needs, estimated", _table({name: _recipe_line(name) for name in RECIPES})),
+        ("memory that each recipe needs, estimated", _table(_recipe_lines())),
         ("weights for large models, not shipped", [_weights_line(weights) for weights in WEIGHTS]),
     ]
     return "\n".join("\n".join([title, *(f"  {line}" for line in lines), ""]) for title, lines in sections)
@@ -151,11 +201,17 @@ def _table(rows: dict[str, str]) -> list[str]:
     return [f"{name:<{width}}  {value}" for name, value in rows.items()]
 
 
-def _recipe_line(name: str) -> str:
+def _recipe_lines() -> dict[str, str]:
+    return {name: _recipe_line(name, recipe_memory) for name in RECIPES} | {
+        name: _recipe_line(name, lgm_recipe_memory) for name in LGM_RECIPES
+    }
+
+
+def _recipe_line(name: str, estimate: Callable[[str], dict[str, float]]) -> str:
     from vggrpo.errors import UserError
 
     try:
-        stages = recipe_memory(name)
+        stages = estimate(name)
     except UserError as error:
         return f"unknown: {error}"
     parts = ", ".join(f"{stage} {size:.1f}" for stage, size in stages.items())

@@ -77,6 +77,9 @@ def test_only_what_does_not_matter_may_change_at_resume():
     config = load_lgm_config("lgm-tiny")
     saved = config.model_dump(mode="json")
     check_resumable(saved, load_lgm_config("lgm-tiny", ["updates=9", "output=x", "save_every=1", "keep_last=9"]))
+    check_resumable(
+        saved, load_lgm_config("lgm-tiny", ["distill.micro_batch=1", "distill.gradient_checkpointing=true"])
+    )
     with pytest.raises(UserError, match=r"clips\.width: was 64, is 32"):
         check_resumable(saved, load_lgm_config("lgm-tiny", ["clips.width=32"]))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from vggrpo import doctor
 from vggrpo.cli import main
 from vggrpo.errors import UserError
+from vggrpo.lgm import LatentGeometryModel, LGMConfig
 from vggrpo.models import memory
 from vggrpo.models.any4d import Any4D, Any4DConfig
 
@@ -77,14 +79,34 @@ def test_one_gpu_recipes_fit_their_gpu(recipe):
 
 def test_parameters_of_the_geometry_model():
     with torch.device("meta"):
-        assert sum(parameter.numel() for parameter in Any4D(Any4DConfig()).parameters()) == memory.ANY4D
+        geometry = Any4D(Any4DConfig())
+        assert sum(parameter.numel() for parameter in geometry.parameters()) == memory.ANY4D
+        config = LGMConfig(geometry="", vae="", latent_channels=16, stride=2, lora_rank=64, backend="any4d")
+        lgm = LatentGeometryModel(config, geometry)
+        lgm.add_lora()
+    lora = sum(parameter.numel() for name, parameter in lgm.named_parameters() if "lora_" in name)
+    assert lora == 64 * memory.ANY4D_LORA
+    assert lgm.connector.conv.weight.numel() == 16 * memory.ANY4D_CONNECTOR
+
+
+@pytest.mark.parametrize("recipe", doctor.LGM_RECIPES)
+def test_lgm_recipes_fit_a_card_of_80_gb(recipe, tmp_path):
+    """With a tenth to spare; and not without making activations again, nor with the batch in one piece."""
+    stages = doctor.lgm_recipe_memory(recipe)
+    assert 0 < max(stages.values()) < 72
+    shipped = (Path(__file__).parents[2] / "configs" / f"{recipe}.yaml").read_text()
+    for field, other in (("gradient_checkpointing: true", "gradient_checkpointing: false"), ("micro_batch: 1, g", "g")):
+        assert field in shipped
+        (tmp_path / "r.yaml").write_text(shipped.replace(field, other))
+        worse = doctor.lgm_recipe_memory(str(tmp_path / "r.yaml"))
+        assert worse["distill"] > 90 and worse["cache"] == stages["cache"]
 
 
 def test_every_shipped_recipe_is_in_the_report():
-    from pathlib import Path
-
     shipped = {file.stem for file in (Path(__file__).parents[2] / "configs").glob("*.yaml")}
     assert {name for name in shipped if not name.startswith(("lgm-", "benchmark-"))} == set(doctor.RECIPES)
+    lgm = {name for name in shipped if name.startswith("lgm-")}
+    assert lgm - {"lgm-tiny"} == set(doctor.LGM_RECIPES)  # the embedded one is for laptops
 
 
 def test_memory_grows_with_each_part_and_starts_at_the_weights():
@@ -120,5 +142,5 @@ def test_report_names_devices_models_and_licences(capsys):
     output = capsys.readouterr().out
     for word in ("torch", "cpu", "GiB", "pipeline", "judge", "Apache-2.0", "non-commercial", "not stated"):
         assert word in output
-    for weights in doctor.WEIGHTS:
-        assert weights.repository in output
+    for name in (*doctor.RECIPES, *doctor.LGM_RECIPES, *(weights.repository for weights in doctor.WEIGHTS)):
+        assert name in output

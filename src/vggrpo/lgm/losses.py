@@ -103,6 +103,7 @@ def distillation_loss(
     teacher: GeometryPrediction,
     weights: dict[str, float] = WEIGHTS,
     first_flow: Float[Tensor, "B S H W 3"] | None = None,
+    moving_pixels: Tensor | float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`geometry_loss` against the word of a teacher, in the teacher's unit.
 
@@ -112,6 +113,8 @@ def distillation_loss(
         raw: logits of the masks, where the network has such heads (`dynamic_logit`, `subject_logit`).
         first_flow: the teacher's `flow_from_first`, for a backend whose flow head says that: it is learned in place of
             the scene flow, which such a backend derives from it by visibility.
+        moving_pixels: what the error on moving pixels is divided by, where these clips are a part of a batch: the
+            `moving_mask` pixels of all of it times the share of these clips; None: those of these clips.
     """
     scale = depth_unit(teacher).nan_to_num(1.0)  # of a clip without a known depth, cameras are learned in any unit
     prediction, target = unit_depth(prediction, scale), unit_depth(teacher, scale)
@@ -119,13 +122,25 @@ def distillation_loss(
     own = prediction.detach()
     target.depth = torch.where(known, target.depth, own.depth)
     target.points = torch.where(known[..., None], target.points, own.points)
-    parts, _ = _shape_parts(prediction, target, known)
+    parts, _ = _shape_parts(prediction, target, known, moving_pixels)
     if first_flow is not None:
         miss = (raw["flow_from_first"] - first_flow).abs().sum(-1) / scale[:, None, None, None]
         parts["flow"] = torch.where(known[:, :1], miss, torch.zeros_like(miss)).mean()
     parts["conf"] = (prediction.conf - target.conf).abs().mean()
     _add_masks(parts, raw, target)
     return _weighted(parts, weights)
+
+
+# Flow up to this is none, in first-view median depths.
+_STILL = 1e-6
+
+
+def moving_mask(teacher: GeometryPrediction) -> Bool[Tensor, "B S H W"] | None:
+    """Where a teacher knows that something moves; None if it tells no flow."""
+    flow = unit_depth(teacher).scene_flow
+    if flow is None:
+        return None
+    return known_pixels(teacher) & flow.isfinite().all(-1) & (flow.abs().sum(-1) > _STILL)
 
 
 def _weighted(parts: dict[str, Tensor], weights: dict[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -140,12 +155,16 @@ def _add_masks(parts: dict[str, Tensor], raw: dict[str, Tensor], target: Geometr
 
 
 def _shape_parts(
-    prediction: GeometryPrediction, target: GeometryPrediction, known: Bool[Tensor, "B S H W"]
+    prediction: GeometryPrediction,
+    target: GeometryPrediction,
+    known: Bool[Tensor, "B S H W"],
+    moving_pixels: Tensor | float | None = None,
 ) -> tuple[dict[str, Tensor], Float[Tensor, "B S H W"]]:
     """Losses of depth, cameras, points and flow, and the relative depth error of each pixel.
 
     Args:
         target: at pixels that are not `known`, depth and points are the prediction's own; flow may be anything.
+        moving_pixels: see `distillation_loss`.
     """
     depth = target.depth
     log_ratio = prediction.depth.log() - depth.log()
@@ -173,9 +192,10 @@ def _shape_parts(
         told = known & target.scene_flow.isfinite().all(-1)
         flow = torch.where(told[..., None], target.scene_flow, prediction.scene_flow.detach())
         miss = (prediction.scene_flow - flow).abs().sum(-1)
-        moving = (told & (flow.abs().sum(-1) > 1e-6)).float()
+        moving = told & (flow.abs().sum(-1) > _STILL)
+        count = moving.sum().clamp_min(1) if moving_pixels is None else moving_pixels
         # Few pixels move, so they count as much as all the others together.
-        parts["flow"] = miss.mean() + (miss * moving).sum() / moving.sum().clamp_min(1.0)
+        parts["flow"] = miss.mean() + (miss * moving).sum() / count
     return parts, error
 
 

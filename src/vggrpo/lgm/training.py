@@ -2,14 +2,14 @@
 
 AdamW, warm-up, cosine, clipped gradients; every head's loss is logged. The batch of an update depends on (seed, update)
 alone and is shared by the processes, so a resumed run repeats an uninterrupted one bit for bit, and several processes
-do what one does.
+do what one does. A process takes its share some clips at a time (`distill.micro_batch`); gradients add up to those of
+the whole batch.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from copy import deepcopy
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,9 +21,10 @@ from vggrpo.config_lgm import DistillConfig, TrainLGMConfig, check_resumable
 from vggrpo.distributed import Processes, stop_signals
 from vggrpo.errors import UserError
 from vggrpo.lgm.cache import FIRST_FLOW, CachedClips
-from vggrpo.lgm.losses import distillation_loss, geometry_errors
+from vggrpo.lgm.losses import distillation_loss, geometry_errors, moving_mask
 from vggrpo.lgm.model import LatentGeometryModel, LGMConfig
 from vggrpo.lgm.search import StitchFit
+from vggrpo.models.recompute import set_recompute
 from vggrpo.tracking import Stopwatch, Tracker
 
 MAX_BAD_STEPS = 10  # updates in a row without a finite gradient, after which a run stops
@@ -45,13 +46,12 @@ class Material:
     view_stride: int
 
 
-def stitched(config: LGMConfig, teacher: nn.Module, fit: StitchFit, *, copy: bool = True) -> LatentGeometryModel:
+def stitched(config: LGMConfig, teacher: nn.Module, fit: StitchFit) -> LatentGeometryModel:
     """The teacher with the connector of a fit in front of its layers after `fit.layer`, without LoRA.
 
-    Args:
-        copy: give the LGM a geometry model of its own, as training needs; otherwise it shares the teacher's.
+    The layers are the teacher's own: training the LGM changes the teacher.
     """
-    model = LatentGeometryModel(config, deepcopy(teacher) if copy else teacher)  # type: ignore[arg-type]
+    model = LatentGeometryModel(config, teacher)  # type: ignore[arg-type]
     fit.load_into(model.connector)
     model.special.copy_(fit.special)
     return model.to(next(teacher.parameters()).device)
@@ -92,6 +92,7 @@ def distill(
         Path(config.output), total=config.updates, start=start, enabled=processes.is_main, progress=progress
     )
     errors: dict[str, float] = {}
+    at_once = config.distill.micro_batch or config.distill.batch
     with tracker, stop_signals() as stop:
         for update in range(start, config.updates):
             watch = Stopwatch(run.device)
@@ -100,14 +101,14 @@ def distill(
             stopping = processes.any(stop.is_set(), run.device)
             save = done % config.save_every == 0 or done == config.updates
             if save:
-                errors = heldout_errors(model, material, config.distill.batch)
+                errors = heldout_errors(model, material, at_once)
                 metrics |= {f"heldout/{name}": value for name, value in errors.items()}
             tracker.log(update, metrics | {f"seconds/{name}": value for name, value in watch.seconds.items()})
             if save or stopping:
                 run.save(done)
             if stopping and done < config.updates:
                 raise KeyboardInterrupt(f"stopped after update {done} of {config.updates}; run again to go on")
-    return errors or heldout_errors(model, material, config.distill.batch)
+    return errors or heldout_errors(model, material, at_once)
 
 
 def check_batch(batch: int, processes: int) -> None:
@@ -132,10 +133,12 @@ class _Distillation:
         self.settings: DistillConfig = config.distill
         check_batch(self.settings.batch, processes.size)
         self.device = next(model.parameters()).device
+        set_recompute(model, self.settings.gradient_checkpointing)
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(
             self.trained.values(), lr=self.settings.learning_rate, weight_decay=self.settings.weight_decay
         )
+        self.first_flow = FIRST_FLOW in material.clips.rows(material.train[:1])
         self.bad_steps = 0
 
     def update(self, number: int, watch: Stopwatch) -> dict[str, float]:
@@ -145,25 +148,64 @@ class _Distillation:
             group["lr"] = warmup_cosine(
                 number, peak=settings.learning_rate, total=self.config.updates, warmup=settings.warmup_updates
             )
+        batch = draw_batch(self.config.seed, number, self.material.train, settings.batch)
+        mine = batch[self.processes.share(len(batch))]
         with watch.stage("data"):
-            batch = draw_batch(self.config.seed, number, self.material.train, settings.batch)
-            mine = batch[self.processes.share(len(batch))]
-            rows = self.material.clips.rows(mine, None)
-            target = self.material.clips.geometry(rows, self.material.view_stride, self.device)
-            latents = rows["latents"].to(self.device).float()
+            moving = self._moving_pixels(mine)
+        means: dict[str, float] = {}
+        self.model.train()
+        for clips in _chunks(mine, settings.micro_batch or len(mine)):
+            share = len(clips) / len(mine)
+            count = None if moving is None else moving * len(clips) / len(batch)
+            for name, value in self._backward(clips, share, count, watch).items():
+                means[name] = means.get(name, 0.0) + share * value
         with watch.stage("update"):
-            self.model.train()
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.bf16):
-                prediction, raw = self.model.predict(latents)
-            first_flow = rows[FIRST_FLOW].to(self.device).float() if FIRST_FLOW in rows else None
-            loss, parts = distillation_loss(prediction, raw, target, settings.weights, first_flow)
-            (loss / self.processes.size).backward()
             self.processes.sum_gradients(self.trained.values())
             norm = nn.utils.clip_grad_norm_(list(self.trained.values()), settings.grad_clip)
             self._step(norm)
-        return self._mean({name: value.item() for name, value in (parts | {"loss": loss}).items()}) | {
+        return self._mean(means) | {
             "grad_norm": norm.item(), "learning_rate": self.optimizer.param_groups[0]["lr"]
         }  # fmt: skip
+
+    def _backward(
+        self, clips: Sequence[int], share: float, moving_pixels: float | None, watch: Stopwatch
+    ) -> dict[str, float]:
+        """Add the gradients of some clips; their losses.
+
+        Args:
+            share: of these clips among those of this process.
+            moving_pixels: see `distillation_loss`.
+        """
+        with watch.stage("data"):
+            rows = self.material.clips.rows(clips, None)
+            target = self.material.clips.geometry(rows, self.material.view_stride, self.device)
+            latents = rows["latents"].to(self.device).float()
+            first_flow = rows[FIRST_FLOW].to(self.device).float() if self.first_flow else None
+        with watch.stage("update"):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.bf16):
+                prediction, raw = self.model.predict(latents)
+            weights = self.settings.weights
+            loss, parts = distillation_loss(prediction, raw, target, weights, first_flow, moving_pixels)
+            (loss * share / self.processes.size).backward()
+            return {name: value.item() for name, value in (parts | {"loss": loss}).items()}
+
+    def _moving_pixels(self, clips: Sequence[int]) -> float | None:
+        """Pixels of the whole batch that move, at least 1; None where nobody asks: this process sees the batch
+        in one piece, or the flow head is taught by its own output, whose error is a mean over clips.
+
+        The error on moving pixels is a mean over all of them and not over clips, so a part of a batch needs the number.
+
+        Args:
+            clips: this process's share of the batch.
+        """
+        cache, at_once = self.material.clips, self.settings.micro_batch or len(clips)
+        if self.first_flow or (self.processes.size == 1 and at_once >= len(clips)):
+            return None
+        count = torch.zeros((), dtype=torch.int64)
+        for part in _chunks(clips, at_once):
+            mask = moving_mask(cache.geometry(cache.rows(part), self.material.view_stride))
+            count += 0 if mask is None else mask.sum()
+        return max(1.0, self.processes.sum(count.to(self.device)).item())
 
     def _step(self, norm: Tensor) -> None:
         """Step, unless the gradient is not finite: one bad clip may be left out, a diverged run may not go on."""
@@ -214,6 +256,11 @@ class _Distillation:
         return checkpoint.step
 
 
+def _chunks(clips: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    """`size` clips at a time."""
+    return (clips[low : low + size] for low in range(0, len(clips), size))
+
+
 def draw_batch(seed: int, update: int, among: Sequence[int], size: int) -> list[int]:
     """Clips of one update: each epoch is a new permutation of all clips, cut into batches."""
     count = len(among)
@@ -231,8 +278,8 @@ def heldout_errors(model: LatentGeometryModel, material: Material, batch: int) -
     was_training = model.training
     model.eval()
     parts = []
-    for low in range(0, len(material.heldout), batch):
-        rows = material.clips.rows(material.heldout[low : low + batch])
+    for clips in _chunks(material.heldout, batch):
+        rows = material.clips.rows(clips)
         device = next(model.parameters()).device
         target = material.clips.geometry(rows, material.view_stride, device)
         parts.append(geometry_errors(model(rows["latents"].to(device).float()), target))

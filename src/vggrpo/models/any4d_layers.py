@@ -14,11 +14,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vggrpo.models.dpt import Pyramid, in_chunks, resized, resizer
+from vggrpo.models.recompute import recomputed
 from vggrpo.models.vit_layers import Attention, Mlp
 
 
 class TrunkBlock(nn.Module):
     """Pre-norm transformer block, without position embedding, without LayerScale."""
+
+    recompute = False
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
@@ -26,6 +29,9 @@ class TrunkBlock(nn.Module):
         self.norm2, self.mlp = nn.LayerNorm(dim, 1e-6), Mlp(dim)
 
     def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+        return recomputed(self, self._layers, x)
+
+    def _layers(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
 
@@ -73,6 +79,8 @@ class Trunk(nn.Module):
 class FeatureHead(nn.Module):
     """Tokens of four depths to one map of `features` channels, eight times as fine as the patches."""
 
+    recompute = False  # with the regressor behind it, see `dense`
+
     def __init__(self, dims: Sequence[int], widths: Sequence[int], features: int) -> None:
         super().__init__()
         # The public name of level i's layers is input_process.i.0.
@@ -103,7 +111,7 @@ def dense(
     features: FeatureHead, regressor: RegressorHead, maps: Sequence[Float[Tensor, "N C h w"]], size: tuple[int, int]
 ) -> Float[Tensor, "N C H W"]:
     """The two heads one after the other, some views at a time."""
-    return in_chunks(lambda part: regressor(features(part), size), maps)
+    return in_chunks(lambda part: recomputed(features, lambda part: regressor(features(part), size), part), maps)
 
 
 class ResidualConvs(nn.Module):
@@ -120,6 +128,8 @@ class ResidualConvs(nn.Module):
 class PoseHead(nn.Module):
     """Patch tokens of one view to its translation (3) and quaternion (x, y, z, w), not normalised."""
 
+    recompute = False
+
     def __init__(self, dim: int, patch: int) -> None:
         super().__init__()
         width = 4 * patch**2
@@ -129,6 +139,9 @@ class PoseHead(nn.Module):
         self.fc_t, self.fc_rot = nn.Linear(width, 3), nn.Linear(width, 4)
 
     def forward(self, x: Float[Tensor, "N D h w"]) -> Float[Tensor, "N 7"]:
+        return recomputed(self, self._layers, x)
+
+    def _layers(self, x: Tensor) -> Tensor:
         x = self.proj(x)
         for block in self.res_conv:
             x = block(x)

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from vggrpo.models.recompute import recomputed
+
 # Views whose dense maps are made at one time: at 420x728 pixels one of Any4D's maps takes 150 MB a view.
 VIEWS_AT_ONCE = 8
 
@@ -116,6 +118,8 @@ class MapHead(nn.Module):
         rectified: see `ResidualConv`.
     """
 
+    recompute = False
+
     def __init__(self, dim: int, channels: int, features: int, widths: Sequence[int], rectified: bool = False) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(dim)
@@ -130,7 +134,7 @@ class MapHead(nn.Module):
 
     def forward(self, tokens: Sequence[Float[Tensor, "N D h w"]], size: tuple[int, int]) -> Float[Tensor, "N C H W"]:
         """Maps of `size` pixels."""
-        return in_chunks(lambda part: self._maps(part, size), tokens)
+        return in_chunks(lambda part: recomputed(self, self._maps, part, size), tokens)
 
     def _maps(self, tokens: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
         aspect = size[1] / size[0]

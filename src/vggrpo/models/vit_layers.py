@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from vggrpo.models.recompute import recomputed
+
 
 @lru_cache(maxsize=32)
 @torch.inference_mode(False)  # what is kept must serve a later call that has gradients, too
@@ -102,6 +104,8 @@ class Block(nn.Module):
         eps: of the two norms over `dim`; DINOv2 has 1e-6.
     """
 
+    recompute = False
+
     def __init__(
         self,
         dim: int,
@@ -118,6 +122,9 @@ class Block(nn.Module):
         self.ls1, self.ls2 = LayerScale(dim, scale), LayerScale(dim, scale)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        return recomputed(self, self._layers, x, rope)
+
+    def _layers(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
         x = x + self.ls1(self.attn(self.norm1(x), rope))
         return x + self.ls2(self.mlp(self.norm2(x)))
 

@@ -14,8 +14,8 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from vggrpo.models.base import GeometryModel, LatentSpec
 from vggrpo.models.loading import load_geometry_model, load_video_model, pick_device
 from vggrpo.models.vae import VAE, ImageVAE, weights_hash
 from vggrpo.models.wan import WanVideoModel
+from vggrpo.posttraining.micro_batch import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -64,16 +65,21 @@ def train_lgm(config: TrainLGMConfig, *, search_only: bool = False, progress: bo
     # One process may work for hours alone: it has the longer videos, or searches the layers for all.
     patient = processes.patient()
     material = make_cache(config, parts, patient)
+    parts = parts.without_makers()
+    if parts.device.type == "cuda":
+        torch.cuda.empty_cache()
     if processes.is_main:
         atomic_write(output / "config.yaml", dump_lgm_config(config))
     base = _lgm_config(config, parts)
     fit = find_stitch(config, parts, material, base, patient, trained=checkpoint is not None)
     if search_only:
         return output / "search.json"
+    # The teacher's word is in the cache, so the LGM may have its layers: no second copy of them in memory.
     model = stitched(base.model_copy(update={"layer": fit.layer}), parts.teacher, fit)
     torch.manual_seed(config.seed)
     model.add_lora()
-    errors = distill(config, model, material, processes=processes, progress=progress)
+    with _advice():
+        errors = distill(config, model, material, processes=processes, progress=progress)
     if processes.is_main:
         model.save_pretrained(output / "lgm")
         card = {
@@ -88,26 +94,38 @@ def train_lgm(config: TrainLGMConfig, *, search_only: bool = False, progress: bo
     return output / "lgm"
 
 
+@contextmanager
+def _advice() -> Iterator[None]:
+    """Out of memory is the user's to mend: say with what."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            "out of memory: set distill.micro_batch: 1 and distill.gradient_checkpointing: true, and run again to go "
+            "on; `vggrpo doctor` estimates what a recipe needs"
+        ) from error
+
+
 @dataclass(frozen=True)
 class _Parts:
     """The loaded models.
 
     Attributes:
-        generator: the video model, where there is one that can make clips.
+        vae, generator: what makes the cache, the latter where it can make clips; None once that is done.
+        spec: shape arithmetic of the VAE.
         geometry_path: what the LGM's manifest names: an absolute path, a hub id or "embedded".
+        hashes: of the weights ("VAE", "teacher") that latents, views' geometry and layer search depend on.
     """
 
-    vae: VAE
+    vae: VAE | None
+    spec: LatentSpec
     teacher: GeometryModel
     generator: WanVideoModel | None
     geometry_path: str
     device: torch.device
-
-    @cached_property
-    def hashes(self) -> dict[str, str]:
-        """Of the weights that latents, views' geometry and layer search depend on."""
-        vae = getattr(self.vae, "vae", self.vae)  # a video model holds its VAE, an image VAE is one
-        return {"VAE": weights_hash(vae), "teacher": weights_hash(self.teacher)}  # type: ignore[arg-type]
+    hashes: dict[str, str]
 
     @classmethod
     def load(cls, config: TrainLGMConfig, processes: Processes) -> _Parts:
@@ -127,7 +145,14 @@ class _Parts:
         vae.latent_spec.latent_shape(config.clips.num_frames, config.clips.height, config.clips.width)
         path = config.geometry.path
         teacher = load_geometry_model(path).to(device)  # type: ignore[attr-defined]
-        return cls(vae, teacher, generator, str(Path(path).resolve()) if Path(path).exists() else path, device)
+        named = str(Path(path).resolve()) if Path(path).exists() else path
+        encoder = getattr(vae, "vae", vae)  # a video model holds its VAE, an image VAE is one
+        hashes = {"VAE": weights_hash(encoder), "teacher": weights_hash(teacher)}  # type: ignore[arg-type]
+        return cls(vae, vae.latent_spec, teacher, generator, named, device, hashes)
+
+    def without_makers(self) -> _Parts:
+        """VAE, transformer and text encoder forgotten: search and distillation read the cache."""
+        return replace(self, vae=None, generator=None)
 
 
 def check_inputs(config: TrainLGMConfig, parts: _Parts, processes: Processes) -> None:
@@ -139,14 +164,15 @@ def check_inputs(config: TrainLGMConfig, parts: _Parts, processes: Processes) ->
     """
     check_layers(config, parts.teacher)
     check_batch(config.distill.batch, processes.size)
-    connector_stride(parts.teacher, parts.vae.latent_spec, (config.clips.height, config.clips.width))
+    connector_stride(parts.teacher, parts.spec, (config.clips.height, config.clips.width))
     if config.clips.generated_share > 0:
         _prompts(config, 1)
 
 
 def make_cache(config: TrainLGMConfig, parts: _Parts, processes: Processes) -> Material:
     """Fill the cache, and choose and split this run's clips: the cache may hold more, of other runs."""
-    clips, spec = config.clips, parts.vae.latent_spec
+    vae, clips, spec = parts.vae, config.clips, parts.spec
+    assert vae is not None
     stride = spec.temporal_stride if config.stitch.view_rate == "latent" else 1
     identity = {
         **parts.hashes,
@@ -163,7 +189,7 @@ def make_cache(config: TrainLGMConfig, parts: _Parts, processes: Processes) -> M
 
     def cached(sources: Callable[[], Iterator[Source]], count: int) -> list[str]:
         """Keys of the first `count` clips of the sources; those that the cache lacks are made."""
-        build_cache(folder, sources(), parts.vae, parts.teacher, settings, max_clips=count, processes=processes)
+        build_cache(folder, sources(), vae, parts.teacher, settings, max_clips=count, processes=processes)
         return CachedClips(folder).first_of((source.name for source in sources()), count)
 
     keys = cached(lambda: _real_sources(config), clips.max_clips)
@@ -245,7 +271,7 @@ def _search(
     fits = search_layers(parts.teacher, pairs(train), pairs(heldout), base.stride, _wanted_layers(config), stitch.ridge)
     ranked = rank_downstream(
         fits,
-        lambda fit: stitched(base.model_copy(update={"layer": fit.layer}), parts.teacher, fit, copy=False),
+        lambda fit: stitched(base.model_copy(update={"layer": fit.layer}), parts.teacher, fit),
         material.clips.targets(heldout, batch, material.view_stride, parts.device),
         stitch.rank_by,
     )
@@ -255,7 +281,7 @@ def _search(
 
 def _lgm_config(config: TrainLGMConfig, parts: _Parts) -> LGMConfig:
     """The manifest, but for the layer."""
-    spec = parts.vae.latent_spec
+    spec = parts.spec
     return LGMConfig(
         geometry=parts.geometry_path,
         backend=parts.teacher.model_type,
@@ -269,7 +295,7 @@ def _lgm_config(config: TrainLGMConfig, parts: _Parts) -> LGMConfig:
         spatial_stride=spec.spatial_stride,
         latents_mean=list(spec.mean) or None,
         latents_std=list(spec.std) or None,
-        geometry_sha256=weights_hash(parts.teacher),  # type: ignore[arg-type]
+        geometry_sha256=parts.hashes["teacher"],
     )
 
 
