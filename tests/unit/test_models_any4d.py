@@ -303,6 +303,16 @@ def test_noise_under_the_threshold_is_no_motion() -> None:
     assert dynamic[:, 0].float().mean() > 0.9
 
 
+def test_the_threshold_knows_known_depths_only() -> None:
+    """Most of view 0 is unknown and claims a tiny depth: small motion of the rest stays under the threshold."""
+    truth, flow, _ = stage()
+    noise = 0.01 * torch.randn(flow.shape, generator=torch.Generator().manual_seed(0)).clamp(-1.5, 1.5)
+    truth.conf[:, 0, :, SIZE[1] // 3 :] = 0
+    truth.depth[:, 0, :, SIZE[1] // 3 :] = 1e-3
+    scene_flow, _ = motion_on_each_view(truth, 0 * flow + noise, motion_threshold=0.02, hidden_tolerance=0.05)
+    assert not scene_flow.any()
+
+
 def test_a_wall_that_drew_back_is_an_error_and_not_unknown_but_one_in_front_hides() -> None:
     truth, flow, _ = stage()
     truth.depth[:] = truth.depth[:, :1]

@@ -96,7 +96,7 @@ def motion_on_each_view(
     Args:
         prediction: anchored cameras, depth and points; pixels of view 0 with conf 0 have no known point.
         flow: of view 0's points, from view 0 to each view, world frame; that of view 0 itself is taken as zero.
-        motion_threshold: in median depths of view 0. A point that gets farther at any time moves, in all views.
+        motion_threshold: in median depths of view 0's known pixels. A point that gets farther at any time moves, in all views.
         hidden_tolerance: relative.
 
     Returns:
@@ -105,9 +105,9 @@ def motion_on_each_view(
     """
     flow = torch.cat([torch.zeros_like(flow[:, :1]), flow[:, 1:]], 1).flatten(2, 3)  # (B, S, N, 3)
     start = prediction.points[:, 0].detach().flatten(1, 2)  # (B, N, 3)
-    scale = prediction.depth[:, 0].detach().flatten(1).median(1).values
-    moves = flow.detach().norm(dim=-1).amax(1) > motion_threshold * scale[:, None]  # (B, N)
     known = (prediction.conf[:, 0] > 0).flatten(1)
+    scale = torch.where(known, prediction.depth[:, 0].detach().flatten(1), torch.nan).nanmedian(1).values
+    moves = flow.detach().norm(dim=-1).amax(1) > motion_threshold * scale[:, None]  # (B, N)
     views = flow.shape[1]
     step = torch.cat([flow[:, 1:] - flow[:, :-1], torch.zeros_like(flow[:, :1])], 1)
     # Gradients pass what the threshold stops: a student whose flow is still too small could not learn it otherwise.
