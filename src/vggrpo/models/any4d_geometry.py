@@ -96,7 +96,8 @@ def motion_on_each_view(
     Args:
         prediction: anchored cameras, depth and points; pixels of view 0 with conf 0 have no known point.
         flow: of view 0's points, from view 0 to each view, world frame; that of view 0 itself is taken as zero.
-        motion_threshold: in median depths of view 0's known pixels. A point that gets farther at any time moves, in all views.
+        motion_threshold: in median depths of view 0's known pixels. A point that gets farther at any time moves, in all
+            views.
         hidden_tolerance: relative.
 
     Returns:
