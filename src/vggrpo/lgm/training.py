@@ -278,11 +278,9 @@ def heldout_errors(model: LatentGeometryModel, material: Material, batch: int) -
     was_training = model.training
     model.eval()
     parts = []
-    for clips in _chunks(material.heldout, batch):
-        rows = material.clips.rows(clips)
-        device = next(model.parameters()).device
-        target = material.clips.geometry(rows, material.view_stride, device)
-        parts.append(geometry_errors(model(rows["latents"].to(device).float()), target))
+    device = next(model.parameters()).device
+    for latents, target in material.clips.targets(material.heldout, batch, material.view_stride, device):
+        parts.append(geometry_errors(model(latents), target))
     model.train(was_training)
     return mean_errors(parts)
 

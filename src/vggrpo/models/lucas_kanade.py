@@ -34,17 +34,23 @@ def displacement(
             if flow.shape[-1] != one.shape[-1]:
                 ratio = one.shape[-1] / flow.shape[-1]
                 flow = ratio * F.interpolate(flow, size=one.shape[-2:], mode="bilinear", align_corners=False)
+            slope = _gradient(one)
             for _ in range(rounds if cell > 1 else rounds - 1):
-                flow = flow + _step(one, two, flow)
+                flow = flow + _step(one, slope, two, flow)
             flow = _blur(flow, SMOOTH) if cell > 1 else flow
-    flow = _blur(flow + _step(first, second, flow), SMOOTH)
+    flow = _blur(flow + _step(first, _gradient(first), second, flow), SMOOTH)
     return flow, (first - _warp(second, flow)).abs().mean(1)
 
 
-def _step(first: Float[Tensor, "N 3 H W"], second: Float[Tensor, "N 3 H W"], flow: Float[Tensor, "N 2 H W"]) -> Tensor:
-    """One round of least squares: what is to be added to `flow`."""
+def _step(
+    first: Float[Tensor, "N 3 H W"],
+    slope: tuple[Tensor, Tensor],
+    second: Float[Tensor, "N 3 H W"],
+    flow: Float[Tensor, "N 2 H W"],
+) -> Float[Tensor, "N 2 H W"]:
+    """One round of least squares: what is to be added to `flow`. `slope`: that of the first picture (`_gradient`)."""
     moved = _warp(second, flow)
-    gx, gy = ((a + b) / 2 for a, b in zip(_gradient(first), _gradient(moved), strict=True))
+    gx, gy = ((a + b) / 2 for a, b in zip(slope, _gradient(moved), strict=True))
     miss = first - moved
     sums = torch.stack([(a * b).sum(1) for a, b in ((gx, gx), (gx, gy), (gy, gy), (gx, miss), (gy, miss))], 1)
     xx, xy, yy, bx, by = _blur(sums, WINDOW).unbind(1)

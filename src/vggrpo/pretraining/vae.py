@@ -114,15 +114,22 @@ def train_vae(
     model = build_vae()
     if start is not None:
         go_on_from(model, start, "VAE")
-    model = train_encoder(model.to(device), data, folder / "encoder", encoder, bf16, watch)
+    reader = Reader(data.video(torch.arange(min(len(data), COMPONENT_CLIPS))) * 2 - 1)
+    model = train_encoder(model.to(device), reader, data, folder / "encoder", encoder, bf16, watch)
     model = train_decoder(model, data, folder / "decoder", decoder, bf16, watch)
-    finished = build_vae(*latent_statistics(model, data, _reader(data).basis.norm(dim=0)))
+    finished = build_vae(*latent_statistics(model, data, reader.basis.norm(dim=0)))
     finished.load_state_dict(model.state_dict())
     return finished.to(device).eval()
 
 
 def train_encoder(
-    vae: AutoencoderKLWan, data: Shards, folder: Path, schedule: Schedule, bf16: bool = True, watch: Watch | None = None
+    vae: AutoencoderKLWan,
+    reader: Reader,
+    data: Shards,
+    folder: Path,
+    schedule: Schedule,
+    bf16: bool = True,
+    watch: Watch | None = None,
 ) -> AutoencoderKLWan:
     """Teach the encoder latents that the reader can draw; the decoder stays as it is."""
 
@@ -137,7 +144,7 @@ def train_encoder(
         return value + KL_WEIGHT * kl, {name: number.detach().mean() for name, number in logs.items()}
 
     _thaw(vae, encoder=True)
-    return fit(nn.ModuleList([vae, _reader(data)]), loss, schedule, folder, watch)[0]
+    return fit(nn.ModuleList([vae, reader]), loss, schedule, folder, watch)[0]
 
 
 def train_decoder(
@@ -155,10 +162,6 @@ def train_decoder(
 
     _thaw(vae, encoder=False)
     return fit(vae, loss, schedule, folder, watch)
-
-
-def _reader(data: Shards) -> Reader:
-    return Reader(data.video(torch.arange(min(len(data), COMPONENT_CLIPS))) * 2 - 1)
 
 
 def _thaw(vae: AutoencoderKLWan, *, encoder: bool) -> None:
