@@ -10,11 +10,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from vggrpo import assets
 from vggrpo.config import EMBEDDED, TrainConfig
 from vggrpo.errors import UserError
 from vggrpo.models.pretrained import read_config
-from vggrpo.reproduce.lgms import geometry_behind
+from vggrpo.reproduce.lgms import geometry_behind, model_directory
 from vggrpo.reproduce.recipes import TABLES, VGGRPO, Arm, arm_named
 from vggrpo.reproduce.settings import Settings, arm_config
 from vggrpo.rewards.registry import check_options, get_reward
@@ -88,10 +87,9 @@ def predicts_subjects(config: TrainConfig) -> bool:
     """Whether the network that the rewards are read from has subject masks: those of our own light decoder do. True
     where that is not known, such as for an LGM that is not there yet."""
     if config.reward.space == "rgb":
-        geometry = assets.path("geometry") if config.reward.geometry == EMBEDDED else Path(config.reward.geometry)
+        geometry = model_directory(config.reward.geometry, "geometry")
         return not geometry.is_dir() or has_light_decoder(geometry)
-    lgm = assets.path("lgm") if config.lgm.path == EMBEDDED else Path(config.lgm.path)
-    if _read(lgm).get("backend", "vggt") != "vggt":
+    if _read(model_directory(config.lgm.path, "lgm")).get("backend", "vggt") != "vggt":
         return False
     behind = geometry_behind(config.lgm.path)
     return behind is None or has_light_decoder(behind)

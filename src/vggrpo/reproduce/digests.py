@@ -9,12 +9,11 @@ import hashlib
 import json
 from pathlib import Path
 
-from vggrpo import assets
-from vggrpo.config import EMBEDDED, RESUMABLE
+from vggrpo.config import RESUMABLE
 from vggrpo.config_algorithms import Section
 from vggrpo.config_lgm import RESUMABLE_LGM, load_lgm_config
 from vggrpo.config_loading import flatten_config
-from vggrpo.reproduce.lgms import geometry_behind
+from vggrpo.reproduce.lgms import geometry_behind, model_directory
 from vggrpo.reproduce.settings import Settings
 
 LARGE = 2**30  # bytes of a model's weights, above which their names and sizes must do
@@ -33,8 +32,8 @@ def digests(settings: Settings, *, lgms: bool = False) -> dict[str, str]:
     # How many updates a recipe has decides the budget of all arms, unlike in a run that is merely made longer.
     found: dict[str, str | None] = {
         f"recipe {settings.config}": config_digest(recipe, RESUMABLE - {"updates"}),
-        f"weights of the pipeline {recipe.model.path}": weights_digest(_directory(recipe.model.path, "pipeline")),
-        f"weights of the LGM {recipe.lgm.path}": weights_digest(_directory(recipe.lgm.path, "lgm")),
+        f"weights of the pipeline {recipe.model.path}": weights_digest(model_directory(recipe.model.path, "pipeline")),
+        f"weights of the LGM {recipe.lgm.path}": weights_digest(model_directory(recipe.lgm.path, "lgm")),
     }
     if (geometry := geometry_behind(recipe.lgm.path)) is not None:
         found[f"geometry model behind the LGM {recipe.lgm.path}"] = weights_digest(geometry)
@@ -71,7 +70,3 @@ def weights_digest(directory: Path) -> str | None:
         if file.suffix not in _WEIGHTS or sum(weights) <= LARGE:
             digest.update(file.read_bytes())
     return digest.hexdigest()[:_LENGTH]
-
-
-def _directory(path: str, shipped: str) -> Path:
-    return assets.path(shipped) if path == EMBEDDED else Path(path)

@@ -76,15 +76,20 @@ def audited_lgm(arm: Arm, settings: Settings, folder: Path) -> Path:
     return directory
 
 
+def model_directory(path: str, name: str) -> Path:
+    """Where the model is that a recipe names by `path`: the shipped one called `name` for "embedded"."""
+    return assets.path(name) if path == EMBEDDED else Path(path)
+
+
 def geometry_behind(lgm: str) -> Path | None:
     """Directory of the geometry model that an LGM was made from; None where it is not on this disk, or no LGM is there
     (yet)."""
-    directory = assets.path("lgm") if lgm == EMBEDDED else Path(lgm)
+    directory = model_directory(lgm, "lgm")
     try:
         source = geometry_source(directory, read_config(directory)["geometry"])
     except (OSError, ValueError, KeyError):
         return None
-    local = assets.path("geometry") if source == EMBEDDED else Path(source)
+    local = model_directory(str(source), "geometry")
     return local if local.is_dir() else None
 
 
