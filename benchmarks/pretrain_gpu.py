@@ -1,28 +1,29 @@
 """Better shipped models within a time limit on one GPU.
 
-    python benchmarks/pretrain_gpu.py --output runs/gpu --seconds 780
+    python benchmarks/pretrain_gpu.py --output runs/gpu --seconds 560
 
-Goes on from the shipped models: clips are rendered, then networks are trained in turn (geometry, judge, the LGM on the
-new geometry; the attribute classifier and the generator if they are given a share, the VAE never), with as many steps
-as fit into a network's share of the time. OUTPUT/NAME always holds the best network so far in its final form, the
-shipped one at first: it is replaced when held-out clips that are not those of the card say that it got better, so the
-script may be killed at any time. The same command goes on with what is unfinished, with a new time limit. Killed before
-the LGM's turn, the LGM in OUTPUT is the shipped one in front of the new geometry network.
+Goes on from the shipped models: clips are rendered; then geometry network, generator and the VAE's decoder (the judge
+and the attribute classifier, too, if they are asked for) are trained side by side, a process each, because networks as
+small as these leave a GPU waiting for the next launch; then the LGM, from a closed-form stitch of what they have
+become. Each has as many steps as fit into its time. OUTPUT/NAME always holds the best network so far in its final form,
+the shipped one at first: it is replaced when held-out clips that are not those of the card say that it got better, so
+the script may be killed at any time. The same command goes on with what is unfinished, with a new time limit. Killed
+before the LGM's turn, the LGM in OUTPUT is the shipped one, which does not fit the new geometry network.
 
 At the end each card.json gets the numbers that `vggrpo world pretrain` writes, and the LGM its audit.
 
 In small, on a CPU, as tests/e2e/test_pretrain_in_time.py runs it:
 
     python benchmarks/pretrain_gpu.py --output runs/gpu-try --seconds 20 --device cpu --clips 8 --steps 1 --generated 2
-
-Written for CUDA and checked on the CPU and with a pretended device (tests/pretend_device.py); not yet run on a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -32,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKLWan, WanPipeline
 from torch import nn
 
 from vggrpo import assets
@@ -45,19 +47,21 @@ from vggrpo.models.attributes import AttributeClassifier
 from vggrpo.models.loading import pick_device
 from vggrpo.models.vggt import VGGT
 from vggrpo.models.wan import WanVideoModel
-from vggrpo.pretraining import attributes, data, generator, geometry, lgm
+from vggrpo.pretraining import attributes, data, generator, geometry, lgm, vae
 from vggrpo.pretraining.data import HELDOUT_SEED, Shards, render_shard, scene_drawer
 from vggrpo.pretraining.loop import Schedule, Watch
 from vggrpo.rewards.registry import audited_options
 
-# In the order of training; the generator's clips are what the LGM learns from.
-SHARES = {"attributes": 0.0, "generator": 0.0, "geometry": 0.4, "judge": 0.15, "lgm": 0.45}
+TOGETHER = ("geometry", "generator", "vae", "judge", "attributes")  # side by side; the LGM is made of the first three
+NETWORKS = ("geometry", "generator", "vae", "lgm")
+LGM_SHARE = 0.35  # of the seconds after rendering
 RENDER_SHARE = 0.25  # of all seconds, at most
-RESERVE = 0.1  # of all seconds, for cards and audit
+RESERVE = 0.08  # of all seconds, for cards and audit
 SAVES = 12  # a network: held-out score, and its files if it is the best
+FOLDERS = {"generator": "pipeline", "vae": "pipeline"}  # of networks that are parts of one; others have their own
 # A schedule's last steps are its best: a network plans for less than its share, and may be late by some of it.
 PLANNED, SLACK = 0.9, 0.1
-CALIBRATION = 20  # steps
+CALIBRATION = 15  # steps
 # Errors that count as one: the bars of docs/results.md.
 BARS = {"abs_rel": 0.03, "translation": 0.125, "rotation": 0.125}
 
@@ -74,14 +78,12 @@ class Task:
         schedule: the recipe's.
         run: train by a schedule, in a folder.
         network: the network in what the training loop averages.
-        score: held-out card of a network, and how bad it is.
         save: write the network's files.
     """
 
     schedule: Schedule
     run: Callable[[Schedule, Path, Watch | None], object]
     network: Callable[[Any], nn.Module]
-    score: Callable[[nn.Module, Shards], tuple[dict[str, Any], float]]
     save: Callable[[nn.Module], None]
 
 
@@ -90,148 +92,181 @@ class Shop:
     """What all networks are made with.
 
     Attributes:
-        clips: to train on.
+        train: files of the clips to train on.
         select: held-out clips that choose between a network's states.
         heldout: those of the cards.
     """
 
     output: Path
     device: torch.device
-    clips: Shards
-    select: Shards
-    heldout: Shards
+    train: list[Path]
+    select: Path
+    heldout: Path
     generated: int
-    paths: list[Path]
+
+    def load(self, *paths: Path, **columns: bool) -> Shards:
+        """Clips where they are trained on."""
+        return Shards.load(paths, device=self.device, **columns)
+
+    @classmethod
+    def of(cls, output: Path, device: torch.device, generated: int) -> Shop:
+        """With what is rendered in OUTPUT."""
+        train, held = (sorted((output / "data" / name).glob("*.safetensors")) for name in ("train", "heldout"))
+        return cls(output, device, train, held[1], held[0], generated)
 
 
-def geometry_task(name: str, shop: Shop) -> tuple[Task, nn.Module]:
-    """The teacher or the judge, and its best state so far."""
-    start = VGGT.from_pretrained(shop.output / name)
-    recipe = {"geometry": geometry.TEACHER_SCHEDULE, "judge": geometry.JUDGE_SCHEDULE}[name]
-
-    def score(model: nn.Module, clips: Shards) -> tuple[dict[str, Any], float]:
-        card = geometry.measure_geometry(model, clips)
-        relative = {k: card[k] / card.get(f"{k}_of_mean", 1.0) for k in BARS}
-        return card, sum(relative[k] / bar for k, bar in BARS.items())
-
-    task = Task(
-        recipe,
-        lambda schedule, folder, watch: geometry.train_geometry(
-            shop.clips, folder, start.config, schedule, start=start, watch=watch
-        ),
-        lambda average: average.network,
-        score,
-        lambda model: model.save_pretrained(shop.output / name, torch.float16),
-    )
-    return task, deepcopy(start).to(shop.device).eval()
+def best_of(name: str, shop: Shop) -> nn.Module | None:
+    """The network that OUTPUT holds; None for the generator, which has no score: what is trained longer is better."""
+    folder = shop.output / FOLDERS.get(name, name)
+    if name == "generator":
+        return None
+    readers: dict[str, Callable[[Path], nn.Module]] = {
+        "vae": load_vae, "lgm": LatentGeometryModel.from_pretrained, "attributes": AttributeClassifier.from_pretrained
+    }  # fmt: skip
+    return readers.get(name, VGGT.from_pretrained)(folder).to(shop.device).eval()
 
 
-def lgm_task(shop: Shop) -> tuple[Task, nn.Module]:
-    """The LGM on the geometry network that OUTPUT holds now."""
-    output, device = shop.output, shop.device
-    teacher = VGGT.from_pretrained(output / "geometry").requires_grad_(False).to(device).eval()
-    video_model = WanVideoModel.from_pretrained(output / "pipeline", device)
-    start = lgm.parts_of(output / "lgm")
-    config = lgm.config_for(start.layer, video_model, teacher)
-    cache = output / "work" / "generated.safetensors"
-    made = lgm.generated_clips(output / "pipeline", cache, prompts=shop.generated, device=device)
-    clips = lgm.EncodedClips(shop.clips, video_model)
+def load_vae(pipeline: Path) -> AutoencoderKLWan:
+    """That of a pipeline, in full precision."""
+    return AutoencoderKLWan.from_pretrained(pipeline / "vae", torch_dtype=torch.float32)
 
-    def score(model: nn.Module, clips: Shards) -> tuple[dict[str, Any], float]:
+
+def teacher_and_video(shop: Shop) -> tuple[VGGT, WanVideoModel]:
+    """What an LGM is made of."""
+    teacher = VGGT.from_pretrained(shop.output / "geometry").requires_grad_(False).to(shop.device).eval()
+    return teacher, WanVideoModel.from_pretrained(shop.output / "pipeline", shop.device)
+
+
+def measure(name: str, model: nn.Module, clips: Shards, shop: Shop) -> tuple[dict[str, Any], float]:
+    """Card of a network, and how bad it is."""
+    if name == "vae":
+        card = vae.measure_vae(model, clips)
+        return card, -card["psnr"]
+    if name == "attributes":
+        card = attributes.measure_attributes(model, clips)
+        return card, -card["recall"] - card["precision"]
+    if name == "lgm":
+        teacher, video_model = teacher_and_video(shop)
         card = lgm.measure_lgm(model, teacher, lgm.EncodedClips(clips, video_model))
         return card, sum(card["lgm"][k] / card["rgb"][k] for k in BARS)
+    card = geometry.measure_geometry(model, clips)
+    return card, sum(card[k] / card.get(f"{k}_of_mean", 1.0) / bar for k, bar in BARS.items())
 
-    task = Task(
+
+def geometry_task(name: str, shop: Shop) -> Task:
+    """The teacher or the judge."""
+    start, clips = VGGT.from_pretrained(shop.output / name), shop.load(*shop.train)
+    return Task(
+        {"geometry": geometry.TEACHER_SCHEDULE, "judge": geometry.JUDGE_SCHEDULE}[name],
+        lambda schedule, folder, watch: geometry.train_geometry(
+            clips, folder, start.config, schedule, start=start, watch=watch
+        ),
+        lambda average: average.network,
+        lambda model: model.save_pretrained(shop.output / name, torch.float16),
+    )
+
+
+def lgm_task(shop: Shop) -> Task:
+    """The LGM on what OUTPUT holds now, from a closed-form stitch."""
+    output, (teacher, video_model) = shop.output, teacher_and_video(shop)
+    cache = output / "work" / "generated.safetensors"
+    made = lgm.generated_clips(output / "pipeline", cache, prompts=shop.generated, device=shop.device)
+    clips = lgm.EncodedClips(shop.load(*shop.train), video_model)
+    start = lgm.stitch(teacher, clips)[0]
+    say(network="lgm", layer=start.layer, heldout_r2=start.r2)
+    config = lgm.config_for(start.layer, video_model, teacher)
+    return Task(
         lgm.SCHEDULE,
         lambda schedule, folder, watch: lgm.train_lgm(
             teacher, clips, start, config, folder, schedule, made, watch=watch
         ),
         lambda average: lgm.compressed(average[0], teacher),
-        score,
         lambda model: model.save_pretrained(output / "lgm", torch.float16),
     )
-    return task, LatentGeometryModel.from_pretrained(output / "lgm").to(device)
 
 
-def attributes_task(shop: Shop) -> tuple[Task, nn.Module]:
+def attributes_task(shop: Shop) -> Task:
     """The classifier of what a clip shows."""
     start = AttributeClassifier.from_pretrained(shop.output / "attributes")
-
-    def score(model: nn.Module, clips: Shards) -> tuple[dict[str, Any], float]:
-        card = attributes.measure_attributes(model, clips)
-        return card, -card["recall"] - card["precision"]
-
-    task = Task(
+    clips = shop.load(*shop.train, truth=False)
+    return Task(
         attributes.SCHEDULE,
-        lambda schedule, folder, watch: attributes.train_attributes(
-            shop.clips, folder, schedule, start=start, watch=watch
-        ),
+        lambda schedule, folder, watch: attributes.train_attributes(clips, folder, schedule, start=start, watch=watch),
         lambda average: average,
-        score,
         lambda model: model.save_pretrained(shop.output / "attributes"),
     )
-    return task, deepcopy(start).to(shop.device).eval()
 
 
-def generator_task(shop: Shop) -> tuple[Task, None]:
-    """Transformer and text encoder on the latents of the VAE as it is. No score: what is trained longer is better."""
-    from diffusers import WanPipeline
-
-    pipeline = shop.output / "pipeline"
-    before = WanPipeline.from_pretrained(pipeline, torch_dtype=torch.float32)
-    vae, card = before.vae.to(shop.device).eval(), json.loads((pipeline / "card.json").read_text())
-    latents = [generator.encode_latents(vae, path, shop.output / "latents") for path in shop.paths]
-
-    def save(model: nn.Module) -> None:
-        # Halved in place, hence the copies; a pipeline is many files, hence aside first.
-        aside = shop.output / "work" / "pipeline"
-        generator.save_pipeline(deepcopy(model).cpu(), deepcopy(vae).cpu(), aside)
-        for file in filter(Path.is_file, aside.rglob("*")):
-            file.replace(pipeline / file.relative_to(aside))
-
-    task = Task(
-        generator.SCHEDULE,
-        lambda schedule, folder, watch: generator.train_generator(
-            latents, shop.clips.texts, folder, schedule, start=before, device=shop.device, watch=watch
+def vae_task(shop: Shop) -> Task:
+    """The VAE's decoder; its encoder, whose latents all others are about, stays."""
+    clips, pipeline = shop.load(*shop.train, truth=False), shop.output / "pipeline"
+    return Task(
+        vae.DECODER_SCHEDULE,
+        lambda schedule, folder, watch: vae.train_decoder(
+            load_vae(pipeline).to(shop.device), clips, folder, schedule, watch=watch
         ),
         lambda average: average,
-        lambda model, clips: (card, -time.time()),
-        save,
+        lambda model: save_parts(shop, None, model, ["vae"]),
     )
-    return task, None
 
 
-def task_of(name: str, shop: Shop) -> tuple[Task, nn.Module | None]:
-    """How the network is trained, and its best state so far where that has a score."""
-    if name == "attributes":
-        return attributes_task(shop)
-    if name == "generator":
-        return generator_task(shop)
-    return lgm_task(shop) if name == "lgm" else geometry_task(name, shop)
+def generator_task(shop: Shop) -> Task:
+    """Transformer and text encoder on the latents of the VAE as it is."""
+    before = WanPipeline.from_pretrained(shop.output / "pipeline", torch_dtype=torch.float32)
+    before.vae.to(shop.device).eval()
+    latents = [generator.encode_latents(before.vae, path, shop.output / "latents") for path in shop.train]
+    texts = shop.load(*shop.train, video=False, truth=False).texts
+    return Task(
+        generator.SCHEDULE,
+        lambda schedule, folder, watch: generator.train_generator(
+            latents, texts, folder, schedule, start=before, device=shop.device, watch=watch
+        ),
+        lambda average: average,
+        lambda model: save_parts(shop, model, before.vae, ["transformer", "text_encoder"]),
+    )
+
+
+def save_parts(shop: Shop, model: nn.Module | None, vae: nn.Module, parts: list[str]) -> None:
+    """Replace parts of the pipeline in OUTPUT, file by file; networks that are trained beside have the others."""
+    pipeline, aside = shop.output / "pipeline", shop.output / "work" / f"pipeline-{'-'.join(parts)}"
+    model = generator.Generator() if model is None else deepcopy(model).cpu()  # halved in place, hence the copies
+    generator.save_pipeline(model, deepcopy(vae).cpu(), aside)
+    for part in parts:
+        for file in (aside / part).iterdir():
+            file.replace(pipeline / part / file.name)
+
+
+def task_of(name: str, shop: Shop) -> Task:
+    """How the network is trained."""
+    tasks = {"attributes": attributes_task, "generator": generator_task, "vae": vae_task, "lgm": lgm_task}
+    return tasks[name](shop) if name in tasks else geometry_task(name, shop)
 
 
 def train(name: str, shop: Shop, seconds: float, batch_scale: int, steps: int | None) -> None:
     """Train one network for about so many seconds; OUTPUT/NAME holds its best state, then and at any time before."""
-    began, plan_file = time.monotonic(), shop.output / "work" / "plan.json"
+    began, plan_file = time.monotonic(), shop.output / "work" / f"{name}.json"
     plan = json.loads(plan_file.read_text()) if plan_file.is_file() else {}
-    if plan.get(name, {}).get("finished"):
+    if plan.get("finished"):
         return
-    task, model = task_of(name, shop)
-    recipe = replace(task.schedule, batch_scale=batch_scale)
+    select = shop.load(shop.select)
+    # The LGM that is there was made for another geometry network.
+    model = best_of(name, shop) if name != "lgm" or plan else None
     watched = time.monotonic()
-    best = [float("inf") if model is None else task.score(model, shop.select)[1]]
+    best = [float("inf") if model is None else measure(name, model, select, shop)[1]]
     watched = time.monotonic() - watched
     say(network=name, step=0, score=best[0])
-    if name not in plan:
+    task = task_of(name, shop)
+    recipe = replace(task.schedule, batch_scale=batch_scale)
+    if not plan:
         left = seconds - (time.monotonic() - began) - SAVES * watched
-        plan[name] = {"steps": steps or steps_in(left, task, recipe, shop.output / "work" / f"{name}-calibration")}
+        plan = {"steps": steps or steps_in(left, task, recipe, shop.output / "work" / f"{name}-calibration")}
         atomic_write_json(plan_file, plan)
-    steps = plan[name]["steps"]
+    steps = plan["steps"]
     last = [time.monotonic()]
 
     def watch(step: int, average: nn.Module) -> None:
         model = task.network(average)
-        card, score = task.score(model, shop.select)
+        card, score = ({}, -float(step)) if name == "generator" else measure(name, model, select, shop)
         say(network=name, step=step, of=steps, score=score, seconds=round(time.monotonic() - began, 1))
         if score < best[0]:
             best[0] = score
@@ -245,8 +280,7 @@ def train(name: str, shop: Shop, seconds: float, batch_scale: int, steps: int | 
     schedule = replace(recipe, steps=steps, save_every=-(-steps // SAVES))
     try:
         task.run(schedule, shop.output / "work" / name, watch)
-        plan[name]["finished"] = True
-        atomic_write_json(plan_file, plan)
+        atomic_write_json(plan_file, plan | {"finished": True})
     except TimeUpError:
         say(network=name, stopped="its time is used up; the same command goes on")
 
@@ -269,24 +303,22 @@ def steps_in(seconds: float, task: Task, recipe: Schedule, folder: Path) -> int:
 
 
 def write_card(output: Path, name: str, card: dict[str, Any]) -> None:
-    """The card of a network; a generator's is its pipeline's."""
-    atomic_write_json(output / ("pipeline" if name == "generator" else name) / "card.json", card)
+    """The card of a network, if it has one; a VAE's is its pipeline's."""
+    if card:
+        atomic_write_json(output / FOLDERS.get(name, name) / "card.json", card)
 
 
-def render(output: Path, clips: int, device: torch.device, deadline: float) -> tuple[list[Path], list[Path]]:
+def render(output: Path, clips: int, device: torch.device, deadline: float) -> None:
     """Shards of training clips, fewer when time is short, and two of held-out clips."""
     data.SHARD_SIZE = min(data.SHARD_SIZE, clips)
     train, heldout = output / "data" / "train", output / "data" / "heldout"
     with scene_drawer(device) as draw:
-        held = [
-            render_shard(heldout, i, split=None, first_seed=HELDOUT_SEED, device=device, draw=draw) for i in range(2)
-        ]
-        made: list[Path] = []
+        for i in range(2):
+            render_shard(heldout, i, split=None, first_seed=HELDOUT_SEED, device=device, draw=draw)
         for i in range(-(-clips // data.SHARD_SIZE)):
-            if made and time.monotonic() > deadline:
+            if i and time.monotonic() > deadline:
                 break
-            made.append(render_shard(train, i, device=device, draw=draw))
-    return made, held
+            render_shard(train, i, device=device, draw=draw)
 
 
 def say(**what: Any) -> None:
@@ -294,12 +326,21 @@ def say(**what: Any) -> None:
     print(json.dumps(what), flush=True)
 
 
-def share(text: str) -> tuple[str, float]:
-    """`lgm=0.5`."""
-    name, _, value = text.partition("=")
-    if name not in SHARES:
-        raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(SHARES)}")
-    return name, number(0)(value)
+def train_together(names: list[str], arguments: argparse.Namespace, seconds: float) -> None:
+    """A process for each network."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // len(names)))}
+    alone = [f"--output={arguments.output}", f"--seconds={max(1.0, seconds):.1f}", f"--device={arguments.device}"]
+    alone += [f"--batch-scale={arguments.batch_scale}", *([f"--steps={arguments.steps}"] if arguments.steps else [])]
+    running = {
+        name: subprocess.Popen([sys.executable, __file__, *alone, f"--alone={name}"], env=environment) for name in names
+    }
+    try:
+        failed = [name for name, process in running.items() if process.wait()]
+    finally:
+        for process in running.values():
+            process.kill()
+    if failed:
+        raise UserError(f"the training of {', '.join(failed)} failed, see above; the same command goes on")
 
 
 def improve(arguments: argparse.Namespace) -> None:
@@ -312,23 +353,22 @@ def improve(arguments: argparse.Namespace) -> None:
             shutil.rmtree(aside, ignore_errors=True)
             shutil.copytree(assets.path(name), aside).rename(output / name)
     ensure_directory(output / "work")
-    paths, held = render(output, arguments.clips, device, began + RENDER_SHARE * arguments.seconds)
-    clips = Shards.load(paths, device=device)
-    heldout, select = (Shards.load([path], device=device) for path in held)
-    say(clips=len(clips), device=str(device), seconds=round(time.monotonic() - began, 1))
-    shop = Shop(output, device, clips, select, heldout, arguments.generated, paths)
-    shares = {name: value for name, value in (SHARES | dict(arguments.shares)).items() if value > 0}
+    render(output, arguments.clips, device, began + RENDER_SHARE * arguments.seconds)
+    shop = Shop.of(output, device, arguments.generated)
+    say(shards=len(shop.train), device=str(device), seconds=round(time.monotonic() - began, 1))
     end = began + (1 - RESERVE) * arguments.seconds
-    for i, name in enumerate(shares):
-        # Of what is left now: what one network did not use goes to those after it.
-        part = shares[name] / sum(list(shares.values())[i:])
-        train(name, shop, part * (end - time.monotonic()), arguments.batch_scale, arguments.steps)
-    for name in shares:
-        if name != "generator":  # its card is the VAE's
-            task, model = task_of(name, shop)
-            assert model is not None
-            write_card(output, name, task.score(model, shop.heldout)[0])
-    if "lgm" in shares:
+    together = [name for name in TOGETHER if name in arguments.networks]
+    if together:
+        share = 1 - LGM_SHARE if "lgm" in arguments.networks else 1
+        train_together(together, arguments, share * (end - time.monotonic()))
+    if "lgm" in arguments.networks:
+        train("lgm", shop, end - time.monotonic(), arguments.batch_scale, arguments.steps)
+    heldout = shop.load(shop.heldout)
+    for name in arguments.networks:
+        model = best_of(name, shop)
+        if model is not None:
+            write_card(output, name, measure(name, model, heldout, shop)[0])
+    if "lgm" in arguments.networks and arguments.audit:
         options = audited_options(load_config("tiny").rewards)
         audit_reward(
             output / "lgm", output / "lgm", clips=arguments.audit, models=output, options=options, device=device
@@ -344,15 +384,20 @@ def main() -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: %(default)s)")
     parser.add_argument("--clips", type=at_least(2), default=10240, help="to train on, at most (default: %(default)s)")
     parser.add_argument("--generated", type=at_least(2), default=1536, help="clips for the LGM (default: %(default)s)")
-    parser.add_argument("--audit", type=at_least(8), default=96, help="clips of each kind (default: %(default)s)")
+    parser.add_argument("--audit", type=at_least(0), default=96, help="clips of each kind (default: %(default)s)")
     parser.add_argument("--batch-scale", type=at_least(1, most=1024), default=4, help="default: %(default)s")
     parser.add_argument("--steps", type=at_least(1), help="of each network, in place of what fits")
     parser.add_argument(
-        "--shares", type=share, nargs="+", default=[], metavar="NAME=SHARE",
-        help="of the time after rendering: " + ", ".join(f"{name}={value:g}" for name, value in SHARES.items()),
-    )  # fmt: skip
+        "--networks", nargs="+", choices=(*TOGETHER, "lgm"), default=NETWORKS, help="default: " + ", ".join(NETWORKS)
+    )
+    parser.add_argument("--alone", choices=TOGETHER, help=argparse.SUPPRESS)  # one network, on what is rendered
+    arguments = parser.parse_args()
     try:
-        improve(parser.parse_args())
+        if arguments.alone is None:
+            improve(arguments)
+        else:
+            shop = Shop.of(arguments.output, pick_device(arguments.device), arguments.generated)
+            train(arguments.alone, shop, arguments.seconds, arguments.batch_scale, arguments.steps)
     except UserError as error:
         sys.exit(f"error: {error}")
 

@@ -1,6 +1,6 @@
 """Time, peak memory and FLOPs of a reward at full shape: through RGB, and through an LGM of either view rate.
 
-    python benchmarks/reward_cost.py [--model wan2.1|wan2.2] [--layer 0] [--flops-only]
+    python benchmarks/reward_cost.py [--model wan2.1|wan2.2] [--layer 0] [--paths rgb lgm_latent] [--flops-only]
 
 Weights are random: a cost does not depend on them. VAE and Any4D run in bfloat16 under autocast for all paths,
 which favours the RGB path. Without a CUDA device only the operations are counted.
@@ -24,11 +24,13 @@ def main() -> None:
     parser.add_argument("--layer", type=int, default=0, help="stitch point (default: %(default)s)")
     parser.add_argument("--flops-only", action="store_true", help="count, measure nothing")
     parser.add_argument("--repeats", type=int, default=3, help="timed calls after a warm-up (default: %(default)s)")
+    parser.add_argument("--paths", nargs="+", metavar="PATH", help="some of the paths, rgb first (default: all)")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() and not arguments.flops_only else "meta")
     model = WAN_2_1 if arguments.model == "wan2.1" else WAN_2_2
     torch.manual_seed(0)
     paths = reward_paths(*full_shape(model, lambda: Any4D(Any4DConfig()), device, arguments.layer))
+    paths = {name: paths[name] for name in arguments.paths or paths}
     if device.type == "cuda":
         with torch.autocast("cuda", torch.bfloat16):
             table = cost_table(paths, device, arguments.repeats)

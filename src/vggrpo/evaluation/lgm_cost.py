@@ -60,7 +60,7 @@ def cost_table(paths: dict[str, Work], device: torch.device, repeats: int = 3) -
     """FLOPs, and on a real device the median seconds and (on CUDA) peak bytes of each path, each against `rgb`."""
     rows: dict[str, dict[str, Any]] = {}
     for name, work in paths.items():
-        row: dict[str, Any] = {"flops": flops(work)}
+        row: dict[str, Any] = {"flops": flops(work)}  # which warms up, too
         if device.type != "meta":
             row["seconds"], row["peak_bytes"] = measure(work, device, repeats)
         rows[name] = row
@@ -72,10 +72,10 @@ def cost_table(paths: dict[str, Work], device: torch.device, repeats: int = 3) -
 
 
 def measure(work: Work, device: torch.device, repeats: int = 3) -> tuple[float, int | None]:
-    """Median seconds after one warm-up, and the peak of allocated bytes (CUDA only)."""
+    """Median seconds of `repeats` calls, and the peak of allocated bytes (CUDA only); not of the first call."""
     cuda = device.type == "cuda"
     times = []
-    for turn in range(repeats + 1):
+    for _ in range(repeats):
         if cuda:
             torch.cuda.synchronize(device)
             torch.cuda.reset_peak_memory_stats(device)
@@ -83,8 +83,7 @@ def measure(work: Work, device: torch.device, repeats: int = 3) -> tuple[float, 
         work()
         if cuda:
             torch.cuda.synchronize(device)
-        if turn:
-            times.append(time.perf_counter() - began)
+        times.append(time.perf_counter() - began)
     return statistics.median(times), torch.cuda.max_memory_allocated(device) if cuda else None
 
 

@@ -28,6 +28,7 @@ from vggrpo.world.captions import caption
 SCHEDULE = Schedule(steps=7000, lr=1e-3, warmup=200, ema=0.9985, weight_decay=0.01)
 BATCH = 32
 CAPTION_DROPOUT = 0.1
+ENCODE_BATCH = {"cpu": 8}  # clips encoded at once, elsewhere 64
 # Noise levels while training: logit-normal, pushed towards noise as at sampling time.
 TRAIN_SHIFT, SAMPLE_SHIFT = 2.0, 3.0
 
@@ -73,8 +74,9 @@ def encode_latents(vae: AutoencoderKLWan, shard: Path, folder: Path) -> Path:
         torch.tensor(v, device=device).view(1, -1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std)
     )
     columns: dict[str, list[Tensor]] = {"latents": [], "mirrored": []}
-    for low in range(0, len(data), 8):
-        video = data.video(torch.arange(low, min(low + 8, len(data)))) * 2 - 1
+    batch = ENCODE_BATCH.get(device.type, 64)
+    for low in range(0, len(data), batch):
+        video = data.video(torch.arange(low, min(low + batch, len(data)))) * 2 - 1
         for name, frames in (("latents", video), ("mirrored", video.flip(-1))):
             with torch.autocast(device.type, torch.bfloat16):
                 latents = vae.encode(frames).latent_dist.mean.float()

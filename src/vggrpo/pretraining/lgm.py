@@ -46,9 +46,9 @@ LORA_RANK, SHIPPED_RANK = 48, 12
 GENERATED_PROMPTS = 1536
 # Steps and guidance of generated clips, in turn: what roll-outs, audit and evaluation will show the LGM.
 SAMPLERS = ((10, 1.0), (20, 1.0), (20, 3.0))
-# Latents of some rendered batches carry noise of up to that standard deviation: the estimate of a clip while it is
-# being sampled does, too.
-NOISE_SHARE, MAX_NOISE = 0.2, 0.5
+# Latents of some batches carry noise of up to that standard deviation: the estimate of a clip while it is being sampled
+# does, too.
+NOISE_SHARE, MAX_NOISE = 0.35, 0.6
 AUDIT_CLIPS = 96
 VAE_NAME = "embedded AutoencoderKLWan, 8x8x4, 32 channels"
 
@@ -73,11 +73,7 @@ class EncodedClips:
             amplitude = MAX_WOBBLE * torch.rand(batch, generator=generator)
             seed = int(torch.randint(2**31, (), generator=generator))
             world = wobble(world, amplitude, seed, period=VIEW_STRIDE)
-        latents = self.video_model.encode_video(world.video)
-        share, level = torch.rand(2, generator=generator).tolist()
-        if share < NOISE_SHARE:
-            noise = torch.randn(latents.shape, generator=generator).to(latents.device)
-            latents = latents + MAX_NOISE * level * noise
+        latents = noised(self.video_model.encode_video(world.video), generator)
         return latents, world.views(VIEW_STRIDE), wobbling
 
     @torch.no_grad()
@@ -90,6 +86,14 @@ class EncodedClips:
     def pairs(self, start: int, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Latents and RGB views (B, S, 3, H, W) of clips start .. stop."""
         return ((latents, world.video.transpose(1, 2)) for latents, world in self.batches(start, stop))
+
+
+def noised(latents: Tensor, generator: torch.Generator) -> Tensor:
+    """A batch of latents as it is, or with probability `NOISE_SHARE` with noise."""
+    share, level = torch.rand(2, generator=generator).tolist()
+    if share > NOISE_SHARE:
+        return latents
+    return latents + MAX_NOISE * level * torch.randn(latents.shape, generator=generator).to(latents.device)
 
 
 def _read(path: Path, name: str) -> Tensor:
@@ -171,7 +175,7 @@ def train_lgm(
             index = torch.randint(len(generated[0]), (batch,), generator=generator)
             target = judged.index(index).to(dtype=torch.float32)
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                prediction, raw = model[0].predict(generated[0][index].float())
+                prediction, raw = model[0].predict(noised(generated[0][index].float(), generator))
             # On them the teacher's word counts for what the rewards make of it, too: left to itself an LGM finds what
             # it cannot see clearly consistent.
             consistency = step >= CONSISTENCY_FROM * schedule.steps
@@ -230,7 +234,7 @@ def measure_lgm(
 
 @torch.no_grad()
 def generated_clips(
-    pipeline: Path, cache: Path, prompts: int | None = None, batch: int = 16, device: torch.device = CPU
+    pipeline: Path, cache: Path, prompts: int | None = None, device: torch.device = CPU
 ) -> tuple[Tensor, Tensor]:
     """Clips of the base generator by all `SAMPLERS`: latents (N, C, T', H', W'), RGB views (N, S, 3, H, W), float16,
     made and given on `device`.
@@ -242,6 +246,7 @@ def generated_clips(
         prompts = prompts or GENERATED_PROMPTS
         shape = model.latent_spec.latent_shape(17, 64, 64)
         texts, empty = sample_prompts(prompts, seed=5), model.encode_prompt([""])
+        batch = 16 if device.type == "cpu" else 128
         latents, views = [], []
         for number, low in enumerate(range(0, prompts, batch)):
             text = model.encode_prompt(texts[low : low + batch])
