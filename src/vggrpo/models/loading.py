@@ -127,9 +127,11 @@ def _local(source: str | Path) -> Path:
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
-    """ "auto" is this process's own GPU, or the CPU where there is none."""
+    """ "auto" is this process's own GPU, or the CPU where there is none; "cuda" is its own GPU."""
     if name == "auto":
-        name = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{local_rank}"
     try:
         device = torch.device(name)
     except RuntimeError as error:
