@@ -4,17 +4,18 @@
 
 Goes on from the shipped models: clips are rendered; then geometry network, generator and the VAE's decoder (the judge
 and the attribute classifier, too, if they are asked for) are trained side by side, a process each, because networks as
-small as these leave a GPU waiting for the next launch; then the LGM, from a closed-form stitch of what they have
-become. Each has as many steps as fit into its time. OUTPUT/NAME always holds the best network so far in its final form,
-the shipped one at first: it is replaced when held-out clips that are not those of the card say that it got better, so
-the script may be killed at any time. The same command goes on with what is unfinished, with a new time limit. Killed
-before the LGM's turn, the LGM in OUTPUT is the shipped one, which does not fit the new geometry network.
+small as these leave a GPU waiting for the next launch; then the LGM, the closed-form stitch of what they have
+become. Learning rates and curricula follow the clock, so each has as many steps as its time allows. OUTPUT/NAME always
+holds the best network so far in its final form, the shipped one at first: it is replaced when held-out clips that are
+not those of the card say that it got better, so the script may be killed at any time. The same command goes on with
+what is unfinished, in the time that was left to it. Killed before its end, the LGM in OUTPUT is the shipped one,
+which does not fit the new geometry network.
 
 At the end each card.json gets the numbers that `vggrpo world pretrain` writes, and the LGM its audit.
 
 In small, on a CPU, as tests/e2e/test_pretrain_in_time.py runs it:
 
-    python benchmarks/pretrain_gpu.py --output runs/gpu-try --seconds 20 --device cpu --clips 8 --steps 1 --generated 2
+    python benchmarks/pretrain_gpu.py --output runs/gpu-try --seconds 20 --device cpu --clips 8
 """
 
 from __future__ import annotations
@@ -54,20 +55,14 @@ from vggrpo.rewards.registry import audited_options
 
 TOGETHER = ("geometry", "generator", "vae", "judge", "attributes")  # side by side; the LGM is made of the first three
 NETWORKS = ("geometry", "generator", "vae", "lgm")
-LGM_SHARE = 0.35  # of the seconds after rendering
 RENDER_SHARE = 0.25  # of all seconds, at most
-RESERVE = 0.08  # of all seconds, for cards and audit
-SAVES = 12  # a network: held-out score, and its files if it is the best
+RESERVE = 0.15  # of all seconds, for LGM, cards and audit
+LGM_SHARDS = 4  # of clips, to stitch it
+SAVES = 6  # a network: held-out score, and its files if it is the best
 FOLDERS = {"generator": "pipeline", "vae": "pipeline"}  # of networks that are parts of one; others have their own
-# A schedule's last steps are its best: a network plans for less than its share, and may be late by some of it.
-PLANNED, SLACK = 0.9, 0.1
-CALIBRATION = 15  # steps
+ENDING = 0.06  # of a network's time: the last score and the files
 # Errors that count as one: the bars of docs/results.md.
 BARS = {"abs_rel": 0.03, "translation": 0.125, "rotation": 0.125}
-
-
-class TimeUpError(Exception):
-    """A network's share is used up."""
 
 
 @dataclass(frozen=True)
@@ -102,17 +97,16 @@ class Shop:
     train: list[Path]
     select: Path
     heldout: Path
-    generated: int
 
     def load(self, *paths: Path, **columns: bool) -> Shards:
         """Clips where they are trained on."""
         return Shards.load(paths, device=self.device, **columns)
 
     @classmethod
-    def of(cls, output: Path, device: torch.device, generated: int) -> Shop:
+    def of(cls, output: Path, device: torch.device) -> Shop:
         """With what is rendered in OUTPUT."""
         train, held = (sorted((output / "data" / name).glob("*.safetensors")) for name in ("train", "heldout"))
-        return cls(output, device, train, held[1], held[0], generated)
+        return cls(output, device, train, held[1], held[0])
 
 
 def best_of(name: str, shop: Shop) -> nn.Module | None:
@@ -163,25 +157,6 @@ def geometry_task(name: str, shop: Shop) -> Task:
         ),
         lambda average: average.network,
         lambda model: model.save_pretrained(shop.output / name, torch.float16),
-    )
-
-
-def lgm_task(shop: Shop) -> Task:
-    """The LGM on what OUTPUT holds now, from a closed-form stitch."""
-    output, (teacher, video_model) = shop.output, teacher_and_video(shop)
-    cache = output / "work" / "generated.safetensors"
-    made = lgm.generated_clips(output / "pipeline", cache, prompts=shop.generated, device=shop.device)
-    clips = lgm.EncodedClips(shop.load(*shop.train), video_model)
-    start = lgm.stitch(teacher, clips)[0]
-    say(network="lgm", layer=start.layer, heldout_r2=start.r2)
-    config = lgm.config_for(start.layer, video_model, teacher)
-    return Task(
-        lgm.SCHEDULE,
-        lambda schedule, folder, watch: lgm.train_lgm(
-            teacher, clips, start, config, folder, schedule, made, watch=watch
-        ),
-        lambda average: lgm.compressed(average[0], teacher),
-        lambda model: model.save_pretrained(output / "lgm", torch.float16),
     )
 
 
@@ -238,68 +213,38 @@ def save_parts(shop: Shop, model: nn.Module | None, vae: nn.Module, parts: list[
 
 def task_of(name: str, shop: Shop) -> Task:
     """How the network is trained."""
-    tasks = {"attributes": attributes_task, "generator": generator_task, "vae": vae_task, "lgm": lgm_task}
+    tasks = {"attributes": attributes_task, "generator": generator_task, "vae": vae_task}
     return tasks[name](shop) if name in tasks else geometry_task(name, shop)
 
 
-def train(name: str, shop: Shop, seconds: float, batch_scale: int, steps: int | None) -> None:
+def train(name: str, shop: Shop, seconds: float, batch_scale: int) -> None:
     """Train one network for about so many seconds; OUTPUT/NAME holds its best state, then and at any time before."""
-    began, plan_file = time.monotonic(), shop.output / "work" / f"{name}.json"
-    plan = json.loads(plan_file.read_text()) if plan_file.is_file() else {}
-    if plan.get("finished"):
+    began, work = time.monotonic(), shop.output / "work"
+    finished = work / f"{name}.json"
+    if finished.is_file():
         return
     select = shop.load(shop.select)
-    # The LGM that is there was made for another geometry network.
-    model = best_of(name, shop) if name != "lgm" or plan else None
-    watched = time.monotonic()
+    model = best_of(name, shop)
     best = [float("inf") if model is None else measure(name, model, select, shop)[1]]
-    watched = time.monotonic() - watched
     say(network=name, step=0, score=best[0])
     task = task_of(name, shop)
-    recipe = replace(task.schedule, batch_scale=batch_scale)
-    if not plan:
-        left = seconds - (time.monotonic() - began) - SAVES * watched
-        plan = {"steps": steps or steps_in(left, task, recipe, shop.output / "work" / f"{name}-calibration")}
-        atomic_write_json(plan_file, plan)
-    steps = plan["steps"]
-    last = [time.monotonic()]
+    left = (1 - ENDING) * seconds - (time.monotonic() - began)
+    schedule = replace(task.schedule, batch_scale=batch_scale, seconds=max(left, 0.01))
+    schedule = replace(schedule, save_every=-(-schedule.steps // SAVES))
+    last = [0]
 
     def watch(step: int, average: nn.Module) -> None:
         model = task.network(average)
         card, score = ({}, -float(step)) if name == "generator" else measure(name, model, select, shop)
-        say(network=name, step=step, of=steps, score=score, seconds=round(time.monotonic() - began, 1))
+        last[0] = step
+        say(network=name, step=step, score=score, seconds=round(time.monotonic() - began, 1))
         if score < best[0]:
             best[0] = score
             task.save(model)
             write_card(shop.output, name, card)
-        now = time.monotonic()
-        if step < steps and now + (now - last[0]) > began + (1 + SLACK) * seconds:
-            raise TimeUpError
-        last[0] = now
 
-    schedule = replace(recipe, steps=steps, save_every=-(-steps // SAVES))
-    try:
-        task.run(schedule, shop.output / "work" / name, watch)
-        atomic_write_json(plan_file, plan | {"finished": True})
-    except TimeUpError:
-        say(network=name, stopped="its time is used up; the same command goes on")
-
-
-def steps_in(seconds: float, task: Task, recipe: Schedule, folder: Path) -> int:
-    """Steps that fit, by a few that are thrown away: those of a longer run less those of a shorter one, because each
-    begins and ends with work that is no step's. Before them some for the device to choose its kernels."""
-
-    def timed(steps: int, number: int) -> float:
-        began = time.monotonic()
-        task.run(replace(recipe, steps=steps), folder / str(number), None)
-        return time.monotonic() - began
-
-    times = [timed(steps, number) for number, steps in enumerate((CALIBRATION, CALIBRATION, 3 * CALIBRATION))]
-    shutil.rmtree(folder)
-    a_step = max((times[2] - times[1]) / (2 * CALIBRATION), 1e-4)
-    left = PLANNED * (seconds - sum(times))
-    say(seconds_a_step=a_step, calibration=round(sum(times), 1))
-    return max(1, int(left / a_step))
+    task.run(schedule, work / name, watch)
+    atomic_write_json(finished, {"steps": last[0], "seconds": round(time.monotonic() - began, 1)})
 
 
 def write_card(output: Path, name: str, card: dict[str, Any]) -> None:
@@ -330,7 +275,7 @@ def train_together(names: list[str], arguments: argparse.Namespace, seconds: flo
     """A process for each network."""
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // len(names)))}
     alone = [f"--output={arguments.output}", f"--seconds={max(1.0, seconds):.1f}", f"--device={arguments.device}"]
-    alone += [f"--batch-scale={arguments.batch_scale}", *([f"--steps={arguments.steps}"] if arguments.steps else [])]
+    alone.append(f"--batch-scale={arguments.batch_scale}")
     running = {
         name: subprocess.Popen([sys.executable, __file__, *alone, f"--alone={name}"], env=environment) for name in names
     }
@@ -354,15 +299,16 @@ def improve(arguments: argparse.Namespace) -> None:
             shutil.copytree(assets.path(name), aside).rename(output / name)
     ensure_directory(output / "work")
     render(output, arguments.clips, device, began + RENDER_SHARE * arguments.seconds)
-    shop = Shop.of(output, device, arguments.generated)
+    shop = Shop.of(output, device)
     say(shards=len(shop.train), device=str(device), seconds=round(time.monotonic() - began, 1))
     end = began + (1 - RESERVE) * arguments.seconds
     together = [name for name in TOGETHER if name in arguments.networks]
     if together:
-        share = 1 - LGM_SHARE if "lgm" in arguments.networks else 1
-        train_together(together, arguments, share * (end - time.monotonic()))
+        train_together(together, arguments, end - time.monotonic())
     if "lgm" in arguments.networks:
-        train("lgm", shop, end - time.monotonic(), arguments.batch_scale, arguments.steps)
+        teacher, video_model = teacher_and_video(shop)
+        clips = lgm.EncodedClips(shop.load(*shop.train[:LGM_SHARDS]), video_model)
+        lgm.closed_form(teacher, clips).save_pretrained(output / "lgm", torch.float16)
     heldout = shop.load(shop.heldout)
     for name in arguments.networks:
         model = best_of(name, shop)
@@ -383,10 +329,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=number(1), default=780.0, help="time limit (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: %(default)s)")
     parser.add_argument("--clips", type=at_least(2), default=10240, help="to train on, at most (default: %(default)s)")
-    parser.add_argument("--generated", type=at_least(2), default=1536, help="clips for the LGM (default: %(default)s)")
     parser.add_argument("--audit", type=at_least(0), default=96, help="clips of each kind (default: %(default)s)")
     parser.add_argument("--batch-scale", type=at_least(1, most=1024), default=4, help="default: %(default)s")
-    parser.add_argument("--steps", type=at_least(1), help="of each network, in place of what fits")
     parser.add_argument(
         "--networks", nargs="+", choices=(*TOGETHER, "lgm"), default=NETWORKS, help="default: " + ", ".join(NETWORKS)
     )
@@ -396,8 +340,8 @@ def main() -> None:
         if arguments.alone is None:
             improve(arguments)
         else:
-            shop = Shop.of(arguments.output, pick_device(arguments.device), arguments.generated)
-            train(arguments.alone, shop, arguments.seconds, arguments.batch_scale, arguments.steps)
+            shop = Shop.of(arguments.output, pick_device(arguments.device))
+            train(arguments.alone, shop, arguments.seconds, arguments.batch_scale)
     except UserError as error:
         sys.exit(f"error: {error}")
 

@@ -22,6 +22,7 @@ from vggrpo.world.perturb import wobble
 pytestmark = pytest.mark.e2e
 
 CLIPS = 4
+CHANNELS = json.loads((assets.path("pipeline") / "transformer" / "config.json").read_text())["in_channels"]
 SMALL = VGGTConfig(
     dim=32, heads=4, conv_layers=2, pairs=2, registers=1, stem_blocks=1, stem_displacement=True, hooks=(1, 2),
     head_features=16, head_detail=True, mlp_ratio=1.0,
@@ -119,7 +120,7 @@ def test_lgm(shard, tmp_path, monkeypatch):
     kinds = [torch.rand((), generator=step_generator(schedule.seed, step)) < 0.5 for step in range(2)]
     assert [bool(kind) for kind in kinds] == [False, True]
     torch.manual_seed(0)
-    weights, made = VGGT(SMALL).state_dict(), (torch.randn(2, 16, 5, 8, 8), torch.rand(2, 5, 3, 64, 64))
+    weights, made = VGGT(SMALL).state_dict(), (torch.randn(2, CHANNELS, 5, 8, 8), torch.rand(2, 5, 3, 64, 64))
     # Read before the device is there: diffusers makes networks on the very device that torch sees in its place.
     pipelines = [WanVideoModel.from_pretrained(assets.path("pipeline"), load_text=False) for _ in range(2)]
 

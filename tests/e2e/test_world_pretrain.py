@@ -23,5 +23,8 @@ def test_recipes_in_short(tmp_path, monkeypatch):
         assert json.loads((made / "card.json").read_text())
     audit = json.loads((tmp_path / "lgm" / "audit.json").read_text())
     assert {"floor", "base_value", "passed"} <= set(audit) and (tmp_path / "lgm" / "audit.html").is_file()
+    (tmp_path / "lgm" / "config.json").unlink()
+    made = pretrain("lgm", tmp_path, shards=2)  # without steps: the closed form
+    assert json.loads((made / "config.json").read_text())["lora_rank"] == 0
     again = pretrain("judge", tmp_path / "again", shards=1, steps=1, start=tmp_path)
     assert (again / "model.safetensors").is_file()

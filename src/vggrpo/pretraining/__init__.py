@@ -75,7 +75,8 @@ def pretrain(
         name: "pipeline", "geometry", "lgm", "judge" or "attributes". The LGM needs pipeline and geometry in `output`.
         output: directory of all recipes; rendered clips are shared.
         shards: training clips, in shards of 256.
-        steps: optimizer steps; default as in the recipe.
+        steps: optimizer steps; default as in the recipe. An LGM is a closed-form stitch, and trained only if these or
+            `start` are given.
         start: directory of models to go on from (one a name, as this writes them) instead of from random weights, or
             for an LGM from a closed-form stitch.
         device: "auto", "cpu", "cuda", ...
@@ -208,19 +209,14 @@ def _lgm(job: Job) -> dict[str, Any]:
     teacher = VGGT.from_pretrained(output / "geometry").requires_grad_(False).to(device)
     video_model = WanVideoModel.from_pretrained(output / "pipeline", device)
     data = lgm.EncodedClips(job.load(job.clips), video_model)
-    first = lgm.stitch(teacher, data)[0] if job.start is None else lgm.parts_of(job.start)
-    config = lgm.config_for(first.layer, video_model, teacher)
-    generated = lgm.generated_clips(output / "pipeline", output / "work" / "generated.safetensors", device=device)
-    model = lgm.train_lgm(
-        teacher,
-        data,
-        first,
-        config,
-        output / "work" / "lgm",
-        job.schedule(lgm.SCHEDULE),
-        generated,
-    )
-    model = lgm.compressed(model, teacher)
+    if job.start is None and job.steps is None:
+        model = lgm.closed_form(teacher, data)
+    else:
+        first = lgm.stitch(teacher, data)[0] if job.start is None else lgm.parts_of(job.start)
+        config = lgm.config_for(first.layer, video_model, teacher)
+        generated = lgm.generated_clips(output / "pipeline", output / "work" / "generated.safetensors", device=device)
+        work, schedule = output / "work" / "lgm", job.schedule(lgm.SCHEDULE)
+        model = lgm.compressed(lgm.train_lgm(teacher, data, first, config, work, schedule, generated), teacher)
     model.save_pretrained(output / "lgm", torch.float16)
     if (output / "judge").is_dir():  # training asks for an audit beside the LGM
         options = audited_options(load_config("tiny").rewards)  # of the recipe that trains on this LGM

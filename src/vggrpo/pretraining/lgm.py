@@ -1,6 +1,9 @@
-"""Recipe of the embedded LGM: closed-form stitch, then connector + LoRA against truth and teacher.
+"""Recipe of the embedded LGM: a closed-form stitch, and what can be trained from there.
 
-Trained on rendered and generated clips.
+The shipped LGM is the stitch itself: of latents that are linear in the picture, put in the place of the picture's own
+patches, a linear map by least squares leaves its geometry network as accurate as it is on frames. Training (connector
+and LoRA against truth and teacher, on rendered and generated clips) is what the paper does, and what latents with noise
+ask for.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from vggrpo.geometry import GeometryPrediction
 from vggrpo.lgm.losses import geometry_errors, geometry_loss, unit_depth
 from vggrpo.lgm.model import LatentGeometryModel, LGMConfig
 from vggrpo.lgm.search import StitchFit, search_layers
-from vggrpo.lgm.training import mean_errors
+from vggrpo.lgm.training import mean_errors, stitched
 from vggrpo.models.pretrained import read_config, read_weights, reading
 from vggrpo.models.vae import weights_hash
 from vggrpo.models.vggt import VGGT
@@ -107,6 +110,12 @@ def stitch(teacher: VGGT, clips: EncodedClips, train: int = 768, heldout: int = 
     return search_layers(teacher, clips.pairs(0, train), clips.pairs(train, min(train + heldout, len(clips))), stride=1)
 
 
+def closed_form(teacher: VGGT, clips: EncodedClips) -> LatentGeometryModel:
+    """The LGM that least squares make, without a step of training."""
+    fit = stitch(teacher, clips)[0]
+    return stitched(config_for(fit.layer, clips.video_model, teacher, rank=0), _copy(teacher), fit).eval()
+
+
 @dataclass(frozen=True)
 class LGMParts:
     """What an LGM adds to its geometry network, and where it is stitched."""
@@ -121,17 +130,17 @@ def parts_of(directory: Path) -> LGMParts:
         return LGMParts(read_config(directory)["layer"], read_weights(directory))
 
 
-def config_for(layer: int, video_model: WanVideoModel, teacher: VGGT) -> LGMConfig:
+def config_for(layer: int, video_model: WanVideoModel, teacher: VGGT, rank: int = LORA_RANK) -> LGMConfig:
     """The manifest of an LGM that reads the latents of `video_model`, stitched at `layer` of `teacher`, which will be
-    beside it."""
+    beside it; with a LoRA of `rank`."""
     spec = video_model.latent_spec
     return LGMConfig(
         geometry="../geometry",
         vae=VAE_NAME,
         latent_channels=spec.channels,
         layer=layer,
-        lora_rank=LORA_RANK,
-        lora_alpha=LORA_RANK,
+        lora_rank=rank,
+        lora_alpha=max(1, rank),
         spatial_stride=spec.spatial_stride,
         latents_mean=list(spec.mean),
         latents_std=list(spec.std),
@@ -214,7 +223,7 @@ def compressed(model: LatentGeometryModel, teacher: VGGT, rank: int = SHIPPED_RA
 
 
 def _copy(teacher: VGGT) -> VGGT:
-    copy = VGGT(teacher.config)
+    copy = VGGT(teacher.config).to(next(teacher.parameters()).device)
     copy.load_state_dict(teacher.state_dict())
     return copy
 

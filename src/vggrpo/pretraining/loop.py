@@ -30,7 +30,11 @@ Watch = Callable[[int, nn.Module], None]
 @dataclass(frozen=True)
 class Schedule:
     """Optimisation of one recipe. `lr` is the peak; `ema` 0 switches averaging off; a step has `batch_scale` times the
-    recipe's clips."""
+    recipe's clips.
+
+    `seconds`: train for so long instead, by as many steps as that takes; learning rate and curricula then follow the
+    clock, as if each moment were that share of `steps`.
+    """
 
     steps: int
     lr: float
@@ -41,6 +45,7 @@ class Schedule:
     save_every: int = 250
     seed: int = 0
     batch_scale: int = 1
+    seconds: float | None = None
 
     def lr_at(self, step: int) -> float:
         """Linear warm-up, then cosine to 2 % of the peak."""
@@ -71,7 +76,8 @@ def step_generator(seed: int, step: int) -> torch.Generator:
 def fit(model: nn.Module, loss: Loss, schedule: Schedule, folder: Path, watch: Watch | None = None) -> nn.Module:
     """Train `model`'s parameters that require gradients, on their device; returns the averaged model in eval mode.
 
-    `folder` gets `last.pt` (resumed from automatically, on any device) and `log.jsonl`.
+    `folder` gets `last.pt` (resumed from automatically, on any device) and `log.jsonl`. With `schedule.seconds` a
+    resumed run has the time that was left; its batches are those of the same steps, its learning rates are the clock's.
 
     Args:
         watch: called after every save with the number of steps done and the averaged model in eval mode, which it may
@@ -83,14 +89,22 @@ def fit(model: nn.Module, loss: Loss, schedule: Schedule, folder: Path, watch: W
         parameters, lr=schedule.lr, weight_decay=schedule.weight_decay, betas=(0.9, 0.98), fused=_fused(parameters)
     )
     average = deepcopy(model).requires_grad_(False) if schedule.ema else model
-    start = _resume(folder, model, average, optimizer)
+    step, before = _resume(folder, model, average, optimizer)
     began = time.time()
+
+    def place() -> int:
+        """Where in the schedule the run is."""
+        if schedule.seconds is None:
+            return step
+        return min(schedule.steps, int(schedule.steps * (before + time.time() - began) / schedule.seconds))
+
     sums: dict[str, list[Tensor]] = {}
     model.train()
-    for step in range(start, schedule.steps):
+    saved = now = place()
+    while now < schedule.steps:
         for group in optimizer.param_groups:
-            group["lr"] = schedule.lr_at(step)
-        value, logs = loss(model, step, step_generator(schedule.seed, step))
+            group["lr"] = schedule.lr_at(now)
+        value, logs = loss(model, now, step_generator(schedule.seed, step))
         value.backward()
         norm = nn.utils.clip_grad_norm_(parameters, schedule.clip)
         if torch.isfinite(norm):
@@ -100,18 +114,21 @@ def fit(model: nn.Module, loss: Loss, schedule: Schedule, folder: Path, watch: W
             _average(average, model, min(schedule.ema, (1 + step) / (10 + step)))
         for name, number in (logs | {"loss": value, "grad_norm": norm}).items():
             sums.setdefault(name, []).append(number.detach())
-        last = step + 1 == schedule.steps
-        if (step + 1) % 50 == 0 or last:
-            row = {"step": step + 1, "seconds": round(time.time() - began, 1)} | {
+        step += 1
+        now = place()
+        seconds = before + time.time() - began
+        if step % 50 == 0 or now == schedule.steps:
+            row = {"step": step, "seconds": round(seconds, 1)} | {
                 k: sum(map(float, v)) / len(v) for k, v in sums.items()
             }
             with open(folder / "log.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
             sums = {}
-        if (step + 1) % schedule.save_every == 0 or last:
-            _save(folder, step + 1, model, average, optimizer, schedule)
+        if now // schedule.save_every > saved // schedule.save_every or now == schedule.steps:
+            saved = now
+            _save(folder, step, seconds, model, average, optimizer, schedule)
             if watch is not None:
-                watch(step + 1, average.eval())
+                watch(step, average.eval())
                 model.train()  # which may be the average itself
     return average.eval()
 
@@ -130,10 +147,17 @@ def _average(average: nn.Module, model: nn.Module, decay: float) -> None:
 
 
 def _save(
-    folder: Path, step: int, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer, schedule: Schedule
+    folder: Path,
+    step: int,
+    seconds: float,
+    model: nn.Module,
+    average: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    schedule: Schedule,
 ) -> None:
     state = {
         "step": step,
+        "seconds": seconds,
         "model": model.state_dict(),
         "average": average.state_dict(),
         "optimizer": optimizer.state_dict(),
@@ -144,14 +168,15 @@ def _save(
     temporary.replace(folder / "last.pt")
 
 
-def _resume(folder: Path, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+def _resume(folder: Path, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
+    """Steps done, and the seconds they took."""
     path = folder / "last.pt"
     if not path.exists():
-        return 0
+        return 0, 0.0
     state = torch.load(path, map_location="cpu", weights_only=True)
     model.load_state_dict(state["model"])
     average.load_state_dict(state["average"])
     for group in state["optimizer"]["param_groups"]:
         group["fused"] = optimizer.defaults["fused"]  # of this device, not of the one that the checkpoint comes from
     optimizer.load_state_dict(state["optimizer"])
-    return state["step"]
+    return state["step"], state.get("seconds", 0.0)
