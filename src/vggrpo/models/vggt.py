@@ -167,10 +167,6 @@ class VGGT(nn.Module):
         into a DPT."""
         if self.config.decoder == "light":
             dense = [f"dense_head.{name}" for name in ("fuse", "up1", "up2")]
-            if isinstance(self.stem, ConvStem):  # it is behind the stitch point, which may be the picture
-                dense += ["stages.0", "stages.1", "stages.2"]
-                dense += ["conv1", "conv2"] if self.config.stem_blocks else []
-                dense += ["read.0", "read.2"] if self.config.stem_displacement else []
             return ["conv", "point", "attn.qkv", "attn.proj", "fc1", "fc2", "camera_head.0", "camera_head.2", *dense]
         heads = ["embed_pose", "poseLN_modulation.1", "pose_branch.fc1", "pose_branch.fc2"]
         return ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", *heads, *(f"projects.{level}" for level in range(4))]
