@@ -18,7 +18,7 @@ from vggrpo.pretraining import data as shard_data
 from vggrpo.pretraining.compress import compress_lora, widen_lora
 from vggrpo.pretraining.data import Shards, augment, render_shard
 from vggrpo.pretraining.geometry import reward_loss
-from vggrpo.pretraining.loop import Schedule, fit, go_on_from
+from vggrpo.pretraining.loop import Schedule, fit, go_on_from, half_precision
 from vggrpo.pretraining.matching import image_motion
 from vggrpo.pretraining.vae import CHANNELS, FRAMES, PATCH, Reader
 from vggrpo.world import sample_batch
@@ -228,3 +228,12 @@ def test_a_start_of_another_architecture_is_refused_in_one_line():
     with pytest.raises(UserError, match=r"the VAE to start from is of another architecture.*size mismatch") as refusal:
         go_on_from(nn.Linear(2, 3), nn.Linear(2, 4), "VAE")
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(("has", "wanted"), [(True, True), (False, True), (True, False)])
+def test_bfloat16_only_where_the_processor_has_it(monkeypatch, has, wanted):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
+    layer = torch.nn.Linear(2, 2)
+    with half_precision(torch.device("cpu"), wanted):
+        assert (layer(torch.ones(1, 2)).dtype == torch.bfloat16) == (has and wanted)

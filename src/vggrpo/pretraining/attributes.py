@@ -11,7 +11,7 @@ from torch import Tensor
 from vggrpo.models.attributes import AttributeClassifier, label_vector
 from vggrpo.pretraining.data import Shards
 from vggrpo.pretraining.generator import mirrored_attributes
-from vggrpo.pretraining.loop import Logs, Schedule, Watch, fit
+from vggrpo.pretraining.loop import Logs, Schedule, Watch, fit, half_precision
 from vggrpo.world import CAMERA_MOVES, COLOURS, MOTION_VERBS, ROOMS, SHAPES
 
 SCHEDULE = Schedule(steps=2500, lr=2e-3, ema=0.998, seed=2)
@@ -51,7 +51,7 @@ def train_attributes(
         video = data.video(index)
         video = torch.where((mirrored == 1).view(-1, 1, 1, 1, 1).to(device), video.flip(-1), video)
         video = video + 0.03 * torch.randn(video.shape, generator=generator).to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        with half_precision(device, bf16):
             logits = model(video)
         return F.binary_cross_entropy_with_logits(logits.float(), labels[index, mirrored]), {}
 

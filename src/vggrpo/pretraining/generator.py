@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from vggrpo.models.base import LatentSpec
 from vggrpo.models.wan import WanVideoModel
 from vggrpo.pretraining.data import CPU, Shards
-from vggrpo.pretraining.loop import Logs, Schedule, Watch, fit, go_on_from
+from vggrpo.pretraining.loop import Logs, Schedule, Watch, fit, go_on_from, half_precision
 from vggrpo.pretraining.text import TEXT_DIM, build_text_encoder, build_tokenizer
 from vggrpo.pretraining.vae import CHANNELS
 from vggrpo.world.captions import caption
@@ -78,7 +78,7 @@ def encode_latents(vae: AutoencoderKLWan, shard: Path, folder: Path) -> Path:
     for low in range(0, len(data), batch):
         video = data.video(torch.arange(low, min(low + batch, len(data)))) * 2 - 1
         for name, frames in (("latents", video), ("mirrored", video.flip(-1))):
-            with torch.autocast(device.type, torch.bfloat16):
+            with half_precision(device):
                 latents = vae.encode(frames).latent_dist.mean.float()
             columns[name].append(((latents - mean) / std).half().cpu())
     temporary = path.with_suffix(".tmp")
@@ -153,7 +153,7 @@ def train_generator(
         wan = _as_video_model(model)
         # On a CPU the fused attention's backward pass in bfloat16 is half of the step; plain products are not.
         attention = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
-        with attention, torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        with attention, half_precision(device, bf16):
             velocity = wan.predict_velocity((1 - mix) * clean + mix * noise, t, wan.encode_prompt(prompts))
         return (velocity.float() - (noise - clean)).square().mean(), {}
 

@@ -14,7 +14,7 @@ from vggrpo.geometry.se3 import rotation_angle
 from vggrpo.lgm.losses import geometry_errors, geometry_loss, unit_depth
 from vggrpo.models.vggt import VGGT, VGGTConfig
 from vggrpo.pretraining.data import Shards, augment
-from vggrpo.pretraining.loop import Logs, Schedule, Watch, fit
+from vggrpo.pretraining.loop import Logs, Schedule, Watch, fit, half_precision
 from vggrpo.pretraining.matching import Matched
 from vggrpo.rewards import geometry_reprojection_consistency
 from vggrpo.rewards.camera_motion import normalised_acceleration
@@ -70,7 +70,7 @@ def train_geometry(
         if wobbling:
             amplitude = MAX_WOBBLE * torch.rand(len(index), generator=generator)
             world = wobble(world, amplitude, int(torch.randint(2**31, (), generator=generator)))
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        with half_precision(device, bf16):
             prediction, raw = model.network.predict(softened(world.video, generator).transpose(1, 2))
             # The displacements of a wobbling world are not those of its picture.
             match = torch.zeros((), device=device) if wobbling else model.loss(world)

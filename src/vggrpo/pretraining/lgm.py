@@ -35,7 +35,7 @@ from vggrpo.pretraining.geometry import (
     WOBBLE_SHARE,
     reward_loss,
 )
-from vggrpo.pretraining.loop import Logs, Schedule, Watch, fit
+from vggrpo.pretraining.loop import Logs, Schedule, Watch, fit, half_precision
 from vggrpo.pretraining.matching import Matched
 from vggrpo.sampling import ode_sample
 from vggrpo.world import WorldBatch, sample_prompts
@@ -183,7 +183,7 @@ def train_lgm(
         if generated is not None and judged is not None and torch.rand((), generator=generator) < GENERATED_SHARE:
             index = torch.randint(len(generated[0]), (batch,), generator=generator)
             target = judged.index(index).to(dtype=torch.float32)
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            with half_precision(device, bf16):
                 prediction, raw = model[0].predict(noised(generated[0][index].float(), generator))
             # On them the teacher's word counts for what the rewards make of it, too: left to itself an LGM finds what
             # it cannot see clearly consistent.
@@ -193,7 +193,7 @@ def train_lgm(
             ], {}
         latents, world, wobbling = clips.draw(generator, batch)
         target = unit_depth(world.geometry(every=1))
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        with half_precision(device, bf16):
             prediction, raw = model[0].predict(latents)
             # The displacements of a wobbling world are not those of its picture.
             match = model[1].loss(world) if through_convs and not wobbling else torch.zeros((), device=device)

@@ -16,7 +16,7 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
 from vggrpo.pretraining.data import Shards
-from vggrpo.pretraining.loop import Logs, Schedule, Watch, fit, go_on_from
+from vggrpo.pretraining.loop import Logs, Schedule, Watch, fit, go_on_from, half_precision
 
 ENCODER_SCHEDULE = Schedule(steps=4000, lr=2e-3, ema=0.998)
 DECODER_SCHEDULE = Schedule(steps=6000, lr=2e-3, ema=0.998)
@@ -135,7 +135,7 @@ def train_encoder(
 
     def loss(model: nn.ModuleList, step: int, generator: torch.Generator) -> tuple[Tensor, Logs]:
         video = _draw(data, schedule, step, generator)
-        with torch.autocast(video.device.type, torch.bfloat16, enabled=bf16):
+        with half_precision(video.device, bf16):
             latents, kl = _sample(model[0], video, generator)
         output = model[1](latents)
         views = slice(None, None, FRAMES)
@@ -154,7 +154,7 @@ def train_decoder(
 
     def loss(model: AutoencoderKLWan, step: int, generator: torch.Generator) -> tuple[Tensor, Logs]:
         video = _draw(data, schedule, step, generator)
-        with torch.autocast(video.device.type, torch.bfloat16, enabled=bf16):
+        with half_precision(video.device, bf16):
             with torch.no_grad():
                 latents, _ = _sample(model, video, generator)
             output = model.decode(latents).sample.float()
