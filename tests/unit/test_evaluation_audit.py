@@ -54,14 +54,14 @@ GOOD = {
 @pytest.mark.parametrize("term", audit.TERMS)
 @pytest.mark.parametrize("question", ["spearman_truth", "spearman_judge"])
 def test_an_unknown_correlation_meets_no_bar(question, term):
-    assert audit.passes(GOOD)
+    assert audit.missed_bars(GOOD) == []
     for value in (torch.nan, 0.1):
-        assert not audit.passes(GOOD | {question: GOOD[question] | {term: value}})
+        assert audit.missed_bars(GOOD | {question: GOOD[question] | {term: value}})
 
 
 @pytest.mark.parametrize("floor, base", [(torch.nan, 0.03), (0.01, torch.nan), (torch.nan, torch.nan), (0.0, 0.0)])
 def test_an_unknown_floor_meets_no_bar(floor, base):
-    assert not audit.passes(GOOD | {"floor": floor, "base_value": base})
+    assert audit.missed_bars(GOOD | {"floor": floor, "base_value": base})
 
 
 def test_clips_that_do_not_err_at_all_are_no_error_of_the_audit(tmp_path, monkeypatch):
@@ -80,6 +80,7 @@ def test_clips_that_do_not_err_at_all_are_no_error_of_the_audit(tmp_path, monkey
     [
         (None, "never audited"),
         ({"passed": False}, "does not pass"),
+        ({"passed": False, "missed": ["floor 1", "the judge 2"]}, "floor 1; the judge 2"),
         ({"passed": True}, "other reward options"),
         ({"passed": True, "options": {"camera_motion_smoothness": {"eps_rotation": 0.03}}}, None),
     ],

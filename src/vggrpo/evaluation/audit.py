@@ -101,6 +101,7 @@ def audit_reward(
     generated = _generated_terms(subject, asked, seed, batch, steps, guidance_scale)
     groups = [i // GROUP for i in range(len(generated["lgm"]["e_geo"]))]
     answers = _answers("lgm", rendered, generated, groups)
+    missed = missed_bars(answers)
     result = answers | {
         "teacher": _answers("teacher", rendered, generated, groups),
         "floor_judge": _mean(rendered["smooth"]["judge"]["e_geo"]),
@@ -108,7 +109,8 @@ def audit_reward(
         "samples_needed": samples_needed(generated["lgm"]["e_geo"]),
         "clips": clips, "seed": seed, "steps": steps, "guidance_scale": guidance_scale,
         "options": {k: dict(v) for k, v in subject.options.items()},
-        "passed": passes(answers),
+        "passed": not missed,
+        "missed": missed,
     }  # fmt: skip
     write_audit_page(Path(output) / "audit.html", result, rendered, generated, groups)
     _print(result)
@@ -117,14 +119,19 @@ def audit_reward(
     return result
 
 
-def passes(answers: Mapping[str, Any]) -> bool:
-    """Whether all bars are met; what could not be measured (NaN) meets none."""
-    return bool(
-        answers["floor"] <= MAX_FLOOR * answers["base_value"]
-        and answers["base_value"] > 0  # where the base does not err at all, a floor of 0 says nothing
-        and all(value >= MIN_TRUTH for value in answers["spearman_truth"].values())
-        and all(value >= MIN_JUDGE for value in answers["spearman_judge"].values())
-    )
+def missed_bars(answers: Mapping[str, Any]) -> list[str]:
+    """The bars that are not met, in words; what could not be measured (NaN) meets none."""
+    missed = []
+    # Where the base does not err at all, a floor of 0 says nothing.
+    if not (answers["base_value"] > 0 and answers["floor"] <= MAX_FLOOR * answers["base_value"]):
+        missed.append(
+            f"floor {answers['floor']:.4f} on a base error of {answers['base_value']:.4f} (at most {MAX_FLOOR})"
+        )
+    for whom, bar in (("truth", MIN_TRUTH), ("judge", MIN_JUDGE)):
+        low = [f"{term} {value:.2f}" for term, value in answers[f"spearman_{whom}"].items() if not value >= bar]
+        if low:
+            missed.append(f"Spearman with the {whom}: {', '.join(low)} (at least {bar})")
+    return missed
 
 
 def _answers(
@@ -269,3 +276,5 @@ def _print(result: dict[str, Any]) -> None:
     needed = ", ".join(f"{size}: {count}" for size, count in result["samples_needed"].items())
     table.add_row("clips an arm to see e_geo fall by", needed, "", "")
     Console().print(table)
+    for bar in result["missed"]:
+        Console().print(f"missed: {bar}")

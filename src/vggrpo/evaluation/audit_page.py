@@ -50,9 +50,9 @@ def write_audit_page(
         marker = {"color": [float(g) for g in groups[: len(x)]], "colorscale": "Turbo"}
         figure.add_trace(go.Scatter(x=x, y=y, mode="markers", marker=marker, showlegend=False), row, 2)
         figure.update_xaxes(title="judge", row=row, col=2)
-    verdict = "passed" if result["passed"] else "NOT passed: the reward may be the network's own noise"
+    verdict = "passed" if result["passed"] else "<br>".join(["NOT passed:", *result["missed"]])
     ratio = f"floor on consistent clips / error on base clips = {result['ratio']:.2f}"
     title = f"Reward audit, {result['clips']} clips of each kind<br>{verdict}<br>{ratio}"
-    figure.update_layout(title=title, height=1800, margin_t=140, template="plotly_white")  # as wide as the window
+    figure.update_layout(title=title, height=1800, margin_t=190, template="plotly_white")  # as wide as the window
     figure.update_annotations(font_size=13)
     return atomic_write(path, figure.to_html(include_plotlyjs=True, full_html=True))

@@ -360,7 +360,8 @@ def _warn_unaudited(lgm: Path, rewards: Mapping[str, RewardTerm] | None = None, 
             "the LGM in %s was never audited: its reward may be noise; run `vggrpo audit-reward %s`", lgm, options
         )
     elif not found.get("passed"):
-        logger.warning("the LGM in %s does not pass its reward audit (%s): its reward is mostly noise", lgm, audit)
+        missed = "; ".join(map(str, found.get("missed") or ["see there"]))
+        logger.warning("the LGM in %s does not pass its reward audit (%s): %s", lgm, audit, missed)
     elif rewards is not None and found.get("options", {}) != audited_options(rewards):
         logger.warning("the audit of the LGM in %s asked about other reward options (%s)", lgm, found.get("options"))
 

@@ -273,7 +273,7 @@ function audit() {
   const body = byId("audit-body"), found = data.audit;
   if (!found) { body.append(make("p", { class: "muted" }, "No reward audit in this run: whether the reward is signal or noise was not checked.")); return; }
   const passed = found.passed === true;
-  body.append(make("p", { class: passed ? "good" : "bad" }, passed ? "Passed: the reward answers to real inconsistency." : "Not passed: the reward may be the network's own noise."));
+  body.append(make("p", { class: passed ? "good" : "bad" }, passed ? "Passed: the reward answers to real inconsistency." : found.missed ? `Not passed: ${found.missed.join("; ")}.` : "Not passed."));
   body.append(facts([
     ["Floor: error on perfectly consistent clips", found.floor ?? "–"], ["Error on the base model's clips", found.base_value ?? "–"], ["Floor / base (at most 0.5, aim 0.33)", found.ratio ?? "–"]]));
   const table = make("table", {}, make("caption", { class: "visually-hidden" }, "Rank correlations of the reward's terms"),
