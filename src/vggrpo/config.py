@@ -120,9 +120,6 @@ class SamplingConfig(_Section):
     """Last step that may be stochastic; null: the last but one of the schedule."""
     shared_noise: bool = False
     """All samples of a group start from one noise, and the steps before the window are computed once per group."""
-    mirrored_noise: bool = False
-    """The samples of a group are pairs with opposite noise in the stochastic steps, as in evolution strategies: what a
-    reward has of even order in the noise, and says nothing of a direction, cancels. Needs `shared_noise`."""
     guidance_scale: float = Field(default=1.0, ge=1)
     """Classifier-free guidance in training roll-outs; 1 = none, at half the cost."""
     micro_batch: MicroBatchSize = 32
@@ -277,11 +274,6 @@ class TrainConfig(_Section):
             )
         if grpo.ratio_norm and sampling.variant == "cps":
             raise ValueError("grpo.ratio_norm needs a Gaussian step; set a sampling.variant other than cps")
-        if sampling.mirrored_noise and not (sampling.shared_noise and grpo.samples_per_prompt % 2 == 0):
-            raise ValueError(
-                "sampling.mirrored_noise pairs samples that start from one noise; set sampling.shared_noise: true and "
-                "an even grpo.samples_per_prompt"
-            )
         self._check_algorithm()
         if max(self.stop.travel_below, self.stop.dynamics_below) > 0 and grpo.base_travel_samples == 0:
             raise ValueError(

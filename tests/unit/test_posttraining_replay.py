@@ -8,7 +8,6 @@ import torch
 from test_posttraining_memory import CPU, PROMPTS, grpo_of
 from tiny_wan import save_tiny_wan
 
-from vggrpo.errors import UserError
 from vggrpo.posttraining.replay import OldPolicy, Replayer, all_transitions
 from vggrpo.posttraining.scoring import Scores
 from vggrpo.sampling import rollout
@@ -89,16 +88,3 @@ def test_what_comes_before_the_window_is_computed_once_a_group(
     monkeypatch.setattr(grpo.model, "predict_velocity", lambda x, t, y: sizes.append(len(x)) or predict(x, t, y))
     rolled_out(grpo)
     assert sum(sizes) == before + 3 * 8  # one step before the window, two in it, one after it
-
-
-def test_mirrored_samples_take_opposite_noise(tiny_wan_dir, tmp_path):
-    """Two samples of a pair leave the state that they share on opposite sides of the step's mean."""
-    grpo = grpo_of(tiny_wan_dir, tmp_path, "sampling.shared_noise=true", "sampling.mirrored_noise=true")
-    states = rolled_out(grpo)[0].next_samples[0]
-    first, second = states[0::2], states[1::2]
-    means = (first + second) / 2
-    group = means.unflatten(0, (2, -1))
-    torch.testing.assert_close(group, group[:, :1].expand_as(group), rtol=1e-4, atol=1e-5)
-    assert (first - second).abs().mean() > 0.01 and not torch.allclose(first[0], first[1])
-    with pytest.raises(UserError, match=r"sampling.shared_noise: true"):
-        grpo_of(tiny_wan_dir, tmp_path, "sampling.mirrored_noise=true")

@@ -144,16 +144,14 @@ class GRPO:
     ) -> Trajectory:
         """The policy's videos: samples `mine` of the update."""
         seed, group_size = self.config.seed, self.config.grpo.samples_per_prompt
-        shared, mirrored = self.config.sampling.shared_noise, self.config.sampling.mirrored_noise
+        shared = self.config.sampling.shared_noise
         slots = [divmod(i, group_size) for i in mine]  # (prompt slot, sample of the group)
-        pairs = 2 if mirrored else 1
         return self._sample(
             prompts,
             text,
             window,
             noise_seeds=[derive_seed(seed, "noise", number, slot, "all" if shared else k) for slot, k in slots],
-            step_seeds=[derive_seed(seed, "sde", number, slot, k - k % pairs) for slot, k in slots],
-            step_signs=[1 - 2 * (k % pairs) for _, k in slots] if mirrored else None,
+            step_seeds=[derive_seed(seed, "sde", number, slot, k) for slot, k in slots],
             slots=[slot for slot, _ in slots],
         )
 
@@ -166,7 +164,6 @@ class GRPO:
         noise_seeds: list[int],
         step_seeds: list[int],
         slots: list[int],
-        step_signs: list[int] | None = None,
     ) -> Trajectory:
         sampling = self.config.sampling
         roll_out = partial(
@@ -176,7 +173,6 @@ class GRPO:
             shape=self.shape,
             noise_seeds=noise_seeds,
             step_seeds=step_seeds,
-            step_signs=step_signs,
             sigmas=self.sigmas,
             sde_steps=window,
             noise=self.noise,

@@ -132,7 +132,6 @@ def rollout(
     guidance_scale: float = 1.0,
     negative_text: Float[Tensor, "1 L D"] | None = None,
     micro_batch: int | None = None,
-    step_signs: Sequence[int] | None = None,
     prompt_ids: Sequence[int] | None = None,
     offload: bool = False,
     first_frame: Float[Tensor, "B C 1 H W"] | None = None,
@@ -149,7 +148,6 @@ def rollout(
         sde_steps, noise: indices of the stochastic steps (empty gives the ODE's sample), and their noise.
         guidance_scale, negative_text: 1 = no guidance, and the embedding that guidance needs.
         micro_batch: samples per network call; None = all.
-        step_signs: 1 or -1 for each sample: its noise in the stochastic steps, or the opposite; None: all 1.
         prompt_ids: which prompt each sample has; samples of one prompt and one noise seed then share the steps before
             the window.
         offload: keep the kept states on the CPU.
@@ -178,8 +176,6 @@ def rollout(
             latents = ode_step(latents, velocity, sigmas[i], sigmas[i + 1], mask=mask)
             continue
         eps = seeded_noise([derive_seed(seed, i) for seed in step_seeds], shape, model.device)
-        if step_signs is not None:
-            eps = eps * torch.tensor(step_signs, device=eps.device).view(-1, 1, 1, 1, 1)
         score = partial(sde_step, latents, velocity, sigmas[i], sigmas[i + 1], mask=mask, **vars(noise))
         step = _kept_step(score, eps, keep_dtype)
         record.add(latents, step, follows=i - 1 in steps)
