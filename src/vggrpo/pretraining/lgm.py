@@ -113,7 +113,8 @@ def stitch(teacher: VGGT, clips: EncodedClips, train: int = 768, heldout: int = 
 def closed_form(teacher: VGGT, clips: EncodedClips) -> LatentGeometryModel:
     """The LGM that least squares make, without a step of training."""
     fit = stitch(teacher, clips)[0]
-    return stitched(config_for(fit.layer, clips.video_model, teacher, rank=0), _copy(teacher), fit).eval()
+    model = stitched(config_for(fit.layer, clips.video_model, teacher, rank=0), _copy(teacher), fit)
+    return model.to(next(teacher.parameters()).device).eval()
 
 
 @dataclass(frozen=True)
@@ -223,7 +224,7 @@ def compressed(model: LatentGeometryModel, teacher: VGGT, rank: int = SHIPPED_RA
 
 
 def _copy(teacher: VGGT) -> VGGT:
-    copy = VGGT(teacher.config).to(next(teacher.parameters()).device)
+    copy = VGGT(teacher.config)
     copy.load_state_dict(teacher.state_dict())
     return copy
 
