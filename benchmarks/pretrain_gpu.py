@@ -4,12 +4,12 @@
 
 Goes on from the shipped models: clips are rendered; then geometry network, generator and the VAE's decoder (the judge
 and the attribute classifier, too, if they are asked for) are trained side by side, a process each, because networks as
-small as these leave a GPU waiting for the next launch; then the LGM, the closed-form stitch of what they have
-become. Learning rates and curricula follow the clock, so each has as many steps as its time allows. OUTPUT/NAME always
-holds the best network so far in its final form, the shipped one at first: it is replaced when held-out clips that are
-not those of the card say that it got better, so the script may be killed at any time. The same command goes on with
-what is unfinished, in the time that was left to it. Killed before its end, the LGM in OUTPUT is the shipped one,
-which does not fit the new geometry network.
+small as these leave a GPU waiting for the next launch; then the LGM is stitched to what they have become, as `vggrpo
+world pretrain lgm` does it. Learning rates and curricula follow the clock, so each has as many steps as time allows.
+OUTPUT/NAME always holds the best network so far in its final form, the shipped one at first: it is replaced when
+held-out clips that are not those of the card say that it got better, so the script may be killed at any time. The same
+command goes on with what is unfinished, in the time that was left to it. Killed before its end, the LGM in OUTPUT is
+the shipped one, which does not fit the new geometry network.
 
 At the end each card.json gets the numbers that `vggrpo world pretrain` writes, and the LGM its audit.
 
@@ -39,19 +39,14 @@ from torch import nn
 
 from vggrpo import assets
 from vggrpo.commands.arguments import at_least, number
-from vggrpo.config import load_config
 from vggrpo.errors import UserError
-from vggrpo.evaluation.audit import audit_reward
 from vggrpo.io.atomic import atomic_write_json, ensure_directory
-from vggrpo.lgm import LatentGeometryModel
 from vggrpo.models.attributes import AttributeClassifier
 from vggrpo.models.loading import pick_device
 from vggrpo.models.vggt import VGGT
-from vggrpo.models.wan import WanVideoModel
-from vggrpo.pretraining import attributes, data, generator, geometry, lgm, vae
+from vggrpo.pretraining import attributes, data, generator, geometry, lgm, pretrain, vae
 from vggrpo.pretraining.data import HELDOUT_SEED, Shards, render_shard, scene_drawer
 from vggrpo.pretraining.loop import Schedule, Watch
-from vggrpo.rewards.registry import audited_options
 
 TOGETHER = ("geometry", "generator", "vae", "judge", "attributes")  # side by side; the LGM is made of the first three
 NETWORKS = ("geometry", "generator", "vae", "lgm")
@@ -115,7 +110,7 @@ def best_of(name: str, shop: Shop) -> nn.Module | None:
     if name == "generator":
         return None
     readers: dict[str, Callable[[Path], nn.Module]] = {
-        "vae": load_vae, "lgm": LatentGeometryModel.from_pretrained, "attributes": AttributeClassifier.from_pretrained
+        "vae": load_vae, "attributes": AttributeClassifier.from_pretrained
     }  # fmt: skip
     return readers.get(name, VGGT.from_pretrained)(folder).to(shop.device).eval()
 
@@ -125,13 +120,7 @@ def load_vae(pipeline: Path) -> AutoencoderKLWan:
     return AutoencoderKLWan.from_pretrained(pipeline / "vae", torch_dtype=torch.float32)
 
 
-def teacher_and_video(shop: Shop) -> tuple[VGGT, WanVideoModel]:
-    """What an LGM is made of."""
-    teacher = VGGT.from_pretrained(shop.output / "geometry").requires_grad_(False).to(shop.device).eval()
-    return teacher, WanVideoModel.from_pretrained(shop.output / "pipeline", shop.device)
-
-
-def measure(name: str, model: nn.Module, clips: Shards, shop: Shop) -> tuple[dict[str, Any], float]:
+def measure(name: str, model: nn.Module, clips: Shards) -> tuple[dict[str, Any], float]:
     """Card of a network, and how bad it is."""
     if name == "vae":
         card = vae.measure_vae(model, clips)
@@ -139,10 +128,6 @@ def measure(name: str, model: nn.Module, clips: Shards, shop: Shop) -> tuple[dic
     if name == "attributes":
         card = attributes.measure_attributes(model, clips)
         return card, -card["recall"] - card["precision"]
-    if name == "lgm":
-        teacher, video_model = teacher_and_video(shop)
-        card = lgm.measure_lgm(model, teacher, lgm.EncodedClips(clips, video_model))
-        return card, sum(card["lgm"][k] / card["rgb"][k] for k in BARS)
     card = geometry.measure_geometry(model, clips)
     return card, sum(card[k] / card.get(f"{k}_of_mean", 1.0) / bar for k, bar in BARS.items())
 
@@ -225,7 +210,7 @@ def train(name: str, shop: Shop, seconds: float, batch_scale: int) -> None:
         return
     select = shop.load(shop.select)
     model = best_of(name, shop)
-    best = [float("inf") if model is None else measure(name, model, select, shop)[1]]
+    best = [float("inf") if model is None else measure(name, model, select)[1]]
     say(network=name, step=0, score=best[0])
     task = task_of(name, shop)
     left = (1 - ENDING) * seconds - (time.monotonic() - began)
@@ -235,7 +220,7 @@ def train(name: str, shop: Shop, seconds: float, batch_scale: int) -> None:
 
     def watch(step: int, average: nn.Module) -> None:
         model = task.network(average)
-        card, score = ({}, -float(step)) if name == "generator" else measure(name, model, select, shop)
+        card, score = ({}, -float(step)) if name == "generator" else measure(name, model, select)
         last[0] = step
         say(network=name, step=step, score=score, seconds=round(time.monotonic() - began, 1))
         if score < best[0]:
@@ -305,20 +290,14 @@ def improve(arguments: argparse.Namespace) -> None:
     together = [name for name in TOGETHER if name in arguments.networks]
     if together:
         train_together(together, arguments, end - time.monotonic())
-    if "lgm" in arguments.networks:
-        teacher, video_model = teacher_and_video(shop)
-        clips = lgm.EncodedClips(shop.load(*shop.train[:LGM_SHARDS]), video_model)
-        lgm.closed_form(teacher, clips).save_pretrained(output / "lgm", torch.float16)
     heldout = shop.load(shop.heldout)
-    for name in arguments.networks:
+    for name in together:
         model = best_of(name, shop)
         if model is not None:
-            write_card(output, name, measure(name, model, heldout, shop)[0])
-    if "lgm" in arguments.networks and arguments.audit:
-        options = audited_options(load_config("tiny").rewards)
-        audit_reward(
-            output / "lgm", output / "lgm", clips=arguments.audit, models=output, options=options, device=device
-        )
+            write_card(output, name, measure(name, model, heldout)[0])
+    if "lgm" in arguments.networks:
+        lgm.AUDIT_CLIPS = arguments.audit
+        pretrain("lgm", output, shards=min(LGM_SHARDS, len(shop.train)), device=str(device))
     say(seconds=round(time.monotonic() - began, 1))
 
 
@@ -329,7 +308,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=number(1), default=780.0, help="time limit (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: %(default)s)")
     parser.add_argument("--clips", type=at_least(2), default=10240, help="to train on, at most (default: %(default)s)")
-    parser.add_argument("--audit", type=at_least(0), default=96, help="clips of each kind (default: %(default)s)")
+    parser.add_argument("--audit", type=at_least(8), default=96, help="clips of each kind (default: %(default)s)")
     parser.add_argument("--batch-scale", type=at_least(1, most=1024), default=4, help="default: %(default)s")
     parser.add_argument(
         "--networks", nargs="+", choices=(*TOGETHER, "lgm"), default=NETWORKS, help="default: " + ", ".join(NETWORKS)

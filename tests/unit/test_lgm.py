@@ -129,7 +129,7 @@ def test_an_lgm_survives_its_files(tmp_path: Path, options: dict) -> None:
     with torch.no_grad():
         want = model(latents())
         # The LoRA is folded in; displacement measured behind layer 0 makes more of its rounding on some processors.
-        assert_same(loaded(latents()), want, 5e-4)
+        assert_same(loaded(latents()), want, 5e-4 if options.get("layer") == 0 else 1e-4)
         if model.config.lora_rank:  # what was compared depends on the LoRA
             assert not torch.allclose(tiny_lgm(**options)(latents()).depth, want.depth, rtol=1e-3)
     assert not any(p.requires_grad for p in loaded.parameters()) and not loaded.training

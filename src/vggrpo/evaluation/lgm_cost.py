@@ -72,7 +72,7 @@ def cost_table(paths: dict[str, Work], device: torch.device, repeats: int = 3) -
 
 
 def measure(work: Work, device: torch.device, repeats: int = 3) -> tuple[float, int | None]:
-    """Median seconds of `repeats` calls, and the peak of allocated bytes (CUDA only); not of the first call."""
+    """Median seconds of `repeats` calls, which are not the first, and the peak of allocated bytes (CUDA only)."""
     cuda = device.type == "cuda"
     times = []
     for _ in range(repeats):

@@ -41,6 +41,11 @@ def shard_path(folder: Path, number: int) -> Path:
     return folder / f"{number:05d}.safetensors"
 
 
+def at_once(device: torch.device, few: int, many: int) -> int:
+    """Clips that are made at once: few on a CPU, many where small work leaves the device waiting."""
+    return few if device.type == "cpu" else many
+
+
 @contextmanager
 def scene_drawer(device: torch.device) -> Iterator[DrawScenes]:
     """What draws scenes fast enough for `device`: for a CPU plain `map`; for a GPU, which renders hundreds of clips a
@@ -60,14 +65,12 @@ def render_shard(
     *,
     split: str | None = "train",
     first_seed: int = 0,
-    batch: int | None = None,
     device: torch.device = CPU,
     draw: DrawScenes = map,
 ) -> Path:
     """Render clips `first_seed + number * SHARD_SIZE ...` unless the file is there; written aside, then renamed.
 
     Args:
-        batch: clips rendered at once; default: 16 on a CPU, 64 elsewhere.
         device: where; the file is the same up to rounding.
         draw: see `scene_drawer`.
     """
@@ -78,7 +81,7 @@ def render_shard(
     start = first_seed + number * SHARD_SIZE
     parts: dict[str, list[Tensor]] = {}
     texts: list[dict] = []
-    batch = batch or (16 if device.type == "cpu" else 64)
+    batch = at_once(device, 16, 64)
     scenes = iter(draw(partial(sample_scene, split=split), range(start, start + SHARD_SIZE)))
     while some := list(islice(scenes, batch)):
         world = render_scenes(some, device=device)

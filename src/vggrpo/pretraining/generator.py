@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vggrpo.models.base import LatentSpec
 from vggrpo.models.wan import WanVideoModel
-from vggrpo.pretraining.data import CPU, Shards
+from vggrpo.pretraining.data import CPU, Shards, at_once
 from vggrpo.pretraining.loop import Logs, Schedule, Watch, fit, go_on_from, half_precision
 from vggrpo.pretraining.text import TEXT_DIM, build_text_encoder, build_tokenizer
 from vggrpo.pretraining.vae import CHANNELS
@@ -28,7 +28,6 @@ from vggrpo.world.captions import caption
 SCHEDULE = Schedule(steps=7000, lr=1e-3, warmup=200, ema=0.9985, weight_decay=0.01)
 BATCH = 32
 CAPTION_DROPOUT = 0.1
-ENCODE_BATCH = {"cpu": 8}  # clips encoded at once, elsewhere 64
 # Noise levels while training: logit-normal, pushed towards noise as at sampling time.
 TRAIN_SHIFT, SAMPLE_SHIFT = 2.0, 3.0
 
@@ -74,7 +73,7 @@ def encode_latents(vae: AutoencoderKLWan, shard: Path, folder: Path) -> Path:
         torch.tensor(v, device=device).view(1, -1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std)
     )
     columns: dict[str, list[Tensor]] = {"latents": [], "mirrored": []}
-    batch = ENCODE_BATCH.get(device.type, 64)
+    batch = at_once(device, 8, 64)
     for low in range(0, len(data), batch):
         video = data.video(torch.arange(low, min(low + batch, len(data)))) * 2 - 1
         for name, frames in (("latents", video), ("mirrored", video.flip(-1))):

@@ -1,7 +1,8 @@
 """Recipe of the embedded LGM: a closed-form stitch, and what can be trained from there.
 
-The shipped LGM is the stitch itself: of latents that are linear in the picture, put in the place of the picture's own
-patches, a linear map by least squares leaves its geometry network as accurate as it is on frames. Training (connector
+Of latents that are linear in the picture (those of the VAE's recipe; the shipped VAE is older), put in the place of the
+picture's own patches, a linear map by least squares leaves the geometry network nearly as accurate as it is on frames.
+The shipped LGM reads the older latents and was trained. Training (connector
 and LoRA against truth and teacher, on rendered and generated clips) is what the paper does, and what latents with noise
 ask for.
 """
@@ -27,7 +28,7 @@ from vggrpo.models.vae import weights_hash
 from vggrpo.models.vggt import VGGT
 from vggrpo.models.wan import WanVideoModel
 from vggrpo.pretraining.compress import compress_lora, widen_lora
-from vggrpo.pretraining.data import CPU, Shards, augment
+from vggrpo.pretraining.data import CPU, Shards, at_once, augment
 from vggrpo.pretraining.geometry import (
     CONSISTENCY_FROM,
     MATCH_WEIGHT,
@@ -256,7 +257,7 @@ def generated_clips(
         prompts = prompts or GENERATED_PROMPTS
         shape = model.latent_spec.latent_shape(17, 64, 64)
         texts, empty = sample_prompts(prompts, seed=5), model.encode_prompt([""])
-        batch = 16 if device.type == "cpu" else 128
+        batch = at_once(device, 16, 128)
         latents, views = [], []
         for number, low in enumerate(range(0, prompts, batch)):
             text = model.encode_prompt(texts[low : low + batch])

@@ -90,13 +90,13 @@ def fit(model: nn.Module, loss: Loss, schedule: Schedule, folder: Path, watch: W
     )
     average = deepcopy(model).requires_grad_(False) if schedule.ema else model
     step, before = _resume(folder, model, average, optimizer)
-    began = time.time()
+    began = time.time() - before  # as if the run had never stopped
 
     def place() -> int:
         """Where in the schedule the run is."""
         if schedule.seconds is None:
             return step
-        return min(schedule.steps, int(schedule.steps * (before + time.time() - began) / schedule.seconds))
+        return min(schedule.steps, int(schedule.steps * (time.time() - began) / schedule.seconds))
 
     sums: dict[str, list[Tensor]] = {}
     model.train()
@@ -116,7 +116,7 @@ def fit(model: nn.Module, loss: Loss, schedule: Schedule, folder: Path, watch: W
             sums.setdefault(name, []).append(number.detach())
         step += 1
         now = place()
-        seconds = before + time.time() - began
+        seconds = time.time() - began
         if step % 50 == 0 or now == schedule.steps:
             row = {"step": step, "seconds": round(seconds, 1)} | {
                 k: sum(map(float, v)) / len(v) for k, v in sums.items()
