@@ -99,6 +99,9 @@ class StitchConfig(Section):
     """What makes a layer the best: the error of the geometry that comes out, or the share of token variance."""
     ridge: float = Field(default=1e-3, gt=0)
     """Penalty of the regression, relative to the mean square of the latents."""
+    noise: float = Field(default=0.0, ge=0)
+    """Standard deviation of white noise on normalised latents (at view rate) that the connector shall bear, at some
+    loss on clean ones."""
     max_clips: int = Field(default=512, ge=1)
     """Training clips that the search reads."""
     max_heldout: int = Field(default=64, ge=1)

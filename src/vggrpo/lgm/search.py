@@ -4,6 +4,10 @@ All layers are fitted in one pass.
 
 `W = (X'X + n lam I)^-1 X'Y` with X the 5x5x5 neighbourhoods of the latents (zero-padded as at run time) and a constant
 for the joint bias. The solution of the chosen layer IS the connector's initialisation.
+
+White noise E of standard deviation s on the latents needs no sample: E[(X + E)'(X + E)] = X'X + s^2 D, with D how often
+each place of the kernel lay inside the clip, and E[(X + E)'Y] = X'Y. So `noise` makes the very map that least squares
+over endlessly many noisy copies of the clips would give.
 """
 
 from __future__ import annotations
@@ -68,25 +72,28 @@ def search_layers(
     stride: int,
     layers: list[int] | None = None,
     ridge: float = 1e-3,
+    noise: float = 0.0,
 ) -> list[StitchFit]:
     """Fit every layer of `layers` (default: all stitch points) and score it on held-out clips; best R^2 first.
 
     Args:
         train, heldout: pairs of latents at view rate and the RGB views of the same clips.
         ridge: relative to each column's mean square, so that channels of little spread are not shrunk for it.
+        noise: standard deviation of white noise on the latents (as they are given here) that the map shall bear.
     """
     layers = geometry.stitch_points() if layers is None else layers
-    gram = cross = torch.zeros((), dtype=torch.float64)
+    gram = cross = inside = torch.zeros((), dtype=torch.float64)
     specials, count = [gram] * len(layers), 0
     for latents, frames in train:
         rows = neighbourhoods(latents, stride)
         tokens, special = _targets(geometry, frames, layers)
         # Products in float32, sums in float64: millions of rows lose digits otherwise.
         gram, cross = gram + (rows.T @ rows).double(), cross + (rows.T @ tokens).double()
+        inside = inside + len(latents) * neighbourhoods(torch.ones_like(latents[:1]), stride).double().sum(0)
         specials = [sum_ + mean.double() * len(frames) for sum_, mean in zip(specials, special, strict=True)]
         count += len(frames)
     squares = gram.diagonal()
-    penalty = ridge * squares.clamp_min(1e-6 * squares[:-1].mean())
+    penalty = ridge * squares.clamp_min(1e-6 * squares[:-1].mean()) + noise**2 * inside
     penalty[-1] = 0.0  # the bias is free
     solution = torch.linalg.solve(gram + torch.diag(penalty), cross).float()
     score = _held_out_r2(geometry, heldout, layers, stride, solution)

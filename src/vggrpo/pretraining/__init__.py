@@ -22,7 +22,7 @@ from vggrpo.io.atomic import ensure_directory
 if TYPE_CHECKING:
     from vggrpo.pretraining.data import Shards
 
-SHARDS, HELDOUT_SHARDS = 40, 1
+SHARDS, STITCH_SHARDS, HELDOUT_SHARDS = 40, 4, 1  # least squares are content with fewer clips than a training
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def pretrain(
     name: str,
     output: str | Path,
     *,
-    shards: int = SHARDS,
+    shards: int | None = None,
     steps: int | None = None,
     start: str | Path | None = None,
     device: str = "cpu",
@@ -74,7 +74,7 @@ def pretrain(
     Args:
         name: "pipeline", "geometry", "lgm", "judge" or "attributes". The LGM needs pipeline and geometry in `output`.
         output: directory of all recipes; rendered clips are shared.
-        shards: training clips, in shards of 256.
+        shards: training clips, in shards of 256; default 40, and 4 for a closed-form stitch.
         steps: optimizer steps; default as in the recipe. An LGM is a closed-form stitch, and trained only if these or
             `start` are given.
         start: directory of models to go on from (one a name, as this writes them) instead of from random weights, or
@@ -101,7 +101,8 @@ def pretrain(
     if before is not None and not before.is_dir():
         raise UserError(f"there is no model to start from in {before}; name a directory that holds {name}/")
     torch.manual_seed(0)
-    clips, heldout = render(output, shards, place)
+    closed_form = name == "lgm" and before is None and steps is None
+    clips, heldout = render(output, shards or (STITCH_SHARDS if closed_form else SHARDS), place)
     card = makers[name](Job(output, clips, heldout, place, before, steps, batch_scale))
     (output / name / "card.json").write_text(json.dumps(card, indent=2) + "\n")
     print(json.dumps(card))

@@ -268,7 +268,10 @@ def _search(
         for latents, views in material.clips.pairs(index, batch, parts.device):
             yield at_view_rate(latents, base.view_rate, base.temporal_stride), views
 
-    fits = search_layers(parts.teacher, pairs(train), pairs(heldout), base.stride, _wanted_layers(config), stitch.ridge)
+    layers = _wanted_layers(config)
+    fits = search_layers(
+        parts.teacher, pairs(train), pairs(heldout), base.stride, layers, stitch.ridge, stitch.noise
+    )
     ranked = rank_downstream(
         fits,
         lambda fit: stitched(base.model_copy(update={"layer": fit.layer}), parts.teacher, fit),
