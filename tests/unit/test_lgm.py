@@ -286,6 +286,21 @@ def test_the_search_does_not_shrink_what_varies_little() -> None:
     assert scores[0] > 0.99 and scores[1] == pytest.approx(scores[0], abs=1e-3)
 
 
+def test_a_noise_level_gives_the_fit_of_many_noisy_copies() -> None:
+    """Borders included: beyond them there is padding, and no noise."""
+    geometry = tiny_vggt(patch_embed="patch", patch=8)
+    generator = torch.Generator().manual_seed(7)
+    z = torch.randn(2, CHANNELS, 2, 3, 3, generator=generator)
+    frames = torch.rand(2, 2, 3, 24, 24, generator=generator)
+    copies = [(z + 0.5 * torch.randn(z.shape, generator=generator), frames) for _ in range(1000)]
+
+    def solved(train: list[tuple[Tensor, Tensor]], noise: float) -> Tensor:
+        return search_layers(geometry, train, [(z, frames)], 1, [0], ridge=1e-6, noise=noise)[0].weight
+
+    sampled, closed, clean = solved(copies, 0.0), solved([(z, frames)], 0.5), solved([(z, frames)], 0.0)
+    assert (closed - sampled).norm() < 0.1 * sampled.norm() < 0.1 * clean.norm()
+
+
 def test_a_fitted_lgm_predicts_what_its_geometry_model_does() -> None:
     geometry = tiny_vggt(patch_embed="patch", patch=8)
     decoder = nn.Conv3d(CHANNELS, 3 * 64, 5, 1, 2)

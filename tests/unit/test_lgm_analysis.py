@@ -274,5 +274,5 @@ def test_looking_at_a_model_does_not_keep_it_from_learning():
 def test_training_refuses_an_lgm_of_another_vae():
     from vggrpo.posttraining.trainer import load_lgm
 
-    with pytest.raises(UserError, match=r"channels: 16 instead of 48"):
+    with pytest.raises(UserError, match=r"channels: 32 instead of 48"):
         load_lgm("embedded", torch.device("cpu"), LatentSpec(48, 4, 16))

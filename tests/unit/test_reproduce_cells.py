@@ -94,9 +94,9 @@ def test_rivals_of_equal_seconds_train_as_long_as_vggrpo(tmp_path, monkeypatch, 
     assert said == ["train vggrpo, seed 2", f"train {name}, seed 2", f"train {name}-seconds, seed 2"]
     assert configs[name] == same and found.stop.seconds_above is None  # the time must not end its one pass
     section, before = getattr(found, found.algorithm), getattr(same, same.algorithm)
-    assert before.candidates == 27  # 1,280 videos, 48 prompts
-    assert section.candidates == {"sft": 40, "dpo-epipolar": 6, "dpo-geometry": 2}[name]
-    clips = {"sft": 48 * 10, "dpo-epipolar": 2 * 48, "dpo-geometry": 2 * 48}[name]  # the best quarter; and the worst
+    assert before.candidates == 53  # 2,560 videos, 48 prompts
+    assert section.candidates == {"sft": 79, "dpo-epipolar": 13, "dpo-geometry": 2}[name]
+    clips = {"sft": 48 * 20, "dpo-epipolar": 2 * 48 * 3, "dpo-geometry": 2 * 48}[name]  # the best quarter; and the worst
     batch = {"sft": 16, "dpo": 16}[found.algorithm]
     assert found.updates == clips // batch  # one pass over them
 
@@ -171,7 +171,7 @@ def test_a_plan_names_each_cell_once_and_knows_what_is_done(tmp_path):
     assert sum(name.startswith("vggrpo, seed") for kind, name in by_name if kind == "train") == 2
     config = arm_config(arm_named("vggrpo"), settings, tmp_path, 0)
     videos, gradients = budget(config)
-    assert videos == 3 * 4 * 8 and gradients == videos * config.sampling.window
+    assert videos == 3 * 4 * 16 and gradients == videos * config.sampling.window
     assert by_name["train", "vggrpo, seed 0"].seconds == 10 + videos + gradients / 2
     alone = plan_module.cells(["main-seconds"], tmp_path, settings, ["sft-seconds"], COSTS)  # its clips follow from sft
     assert [c.name for c in alone if c.kind == "train"][::2] == ["sft-seconds, seed 0", "vggrpo, seed 0", "sft, seed 0"]
