@@ -162,9 +162,9 @@ TABLES: dict[str, Table] = {
         "Guidance improves base and tuned models without training.",
         (
             Arm("guided-0", "guidance, scale 0: must be the base model, bit for bit", guidance=0.0),
-            Arm("guided-30", "guidance, scale 30", guidance=30.0),
             Arm("guided-100", "guidance, scale 100", guidance=100.0),
             Arm("guided-300", "guidance, scale 300", guidance=300.0),
+            Arm("guided-1000", "guidance, scale 1000", guidance=1000.0),
             Arm("guided-100-detached", "scale 100 without the video model's gradient", guidance=100.0, detach=True),
             Arm("best-of-4", "the best of 4 candidates by the same reward", candidates=4),
             VGGRPO,
