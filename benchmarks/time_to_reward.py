@@ -5,7 +5,7 @@
 
 Equal for both: the transformer, LoRA with its random start (peft's two ways of drawing it differ by a factor that
 decides how far a first step goes), learning rate, KL, K videos of one prompt an update, rewards and advantages. Ours
-samples and replays as `configs/tiny.yaml` says: a window of four stochastic steps that follows a prefix computed once
+samples and replays as `configs/tiny.yaml` says: a window of stochastic steps that follows a prefix computed once
 for the group, in one batch, with the SDE of our recipes; the peer trains every step but the last, one after the other,
 under gradient checkpointing, as its source does (`against_flow_grpo.py`). The reward is the mean of the clean latents'
 first channel: it costs nothing, so that only the trainers' own time counts, and any policy gradient that works raises

@@ -239,9 +239,9 @@ def test_no_clips_and_no_chunk_are_refused_in_one_line(score):
         assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("channels", [16, 3])
+@pytest.mark.parametrize("channels", [32, 3])
 def test_the_example_for_other_trainers_runs(monkeypatch, channels):
-    if channels != 16:  # another LGM than the embedded one
+    if channels != 32:  # another LGM than the embedded one
         monkeypatch.setattr(LatentGeometryModel, "from_pretrained", lambda _: lgm(latent_channels=channels))
     text = (Path(__file__).parents[2] / "docs" / "use_our_reward.md").read_text()
     blocks = [block.split("```")[0] for block in text.split("```python\n")[1:]]

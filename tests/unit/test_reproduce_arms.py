@@ -105,6 +105,12 @@ def test_videos_are_made_and_measured_as_the_settings_say(tmp_path, monkeypatch,
     assert arm_config(arm_named("dpo-epipolar"), settings, tmp_path, 0).dpo.fps == expected[0]
 
 
+@pytest.mark.parametrize(("evaluated", "made"), [(1.0, 3.0), (3.0, 3.0), (5.0, 5.0)])
+def test_pairs_are_made_of_guided_clips_whatever_is_evaluated(evaluated, made, tmp_path):
+    found = arm_config(arm_named("dpo-epipolar"), Settings(guidance_scale=evaluated), tmp_path, 0)
+    assert found.sampling.guidance_scale == made
+
+
 def test_the_embedded_classifier_compares_no_features_of_other_pipelines(tmp_path, monkeypatch):
     def asked(*_, **__):
         raise LookupError("the classifier was asked")

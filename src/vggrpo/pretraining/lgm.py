@@ -45,7 +45,7 @@ SCHEDULE = Schedule(steps=2400, lr=1e-3, ema=0.998, weight_decay=0.0, seed=3)
 BATCH = 8
 FRAMES, VIEW_STRIDE = 17, 4  # of a clip; RGB frames between the views of a latent
 GENERATED_SHARE = 0.5
-LORA_RANK, SHIPPED_RANK = 48, 12
+LORA_RANK, STORED_RANK = 48, 12
 GENERATED_PROMPTS = 1536
 # Steps and guidance of generated clips, in turn: what roll-outs, audit and evaluation will show the LGM.
 SAMPLERS = ((10, 1.0), (20, 1.0), (20, 3.0))
@@ -216,7 +216,7 @@ def teacher_targets(teacher: VGGT, views: Tensor, batch: int = 16) -> GeometryPr
 
 
 @torch.no_grad()
-def compressed(model: LatentGeometryModel, teacher: VGGT, rank: int = SHIPPED_RANK) -> LatentGeometryModel:
+def compressed(model: LatentGeometryModel, teacher: VGGT, rank: int = STORED_RANK) -> LatentGeometryModel:
     """The trained LGM with a LoRA of `rank`, a quarter of its size."""
     config = model.config.model_copy(update={"lora_rank": rank, "lora_alpha": rank})
     small = LatentGeometryModel(config, _copy(teacher))

@@ -23,6 +23,7 @@ _QUICK = (
 _BATCH = 8  # videos at once
 _FREE = {"judge", "metrics", "batch"}  # may change in an output: how it is measured, and how fast it is made
 _ENDLESS = 1_000_000  # updates of a training that its seconds end
+_PAIR_GUIDANCE = 3.0  # at least, of the clips that DPO's pairs are made of: without guidance few have matches
 
 
 @dataclass(frozen=True)
@@ -117,8 +118,9 @@ def arm_config(
     embedded = config.data.prompts == EMBEDDED or not Path(config.data.prompts).is_file()
     prompts = config.data.num_prompts if embedded else len(read_prompts(config.data.prompts))
     overrides += equal_budget(config, prompts, arm.group, clips)
-    if config.algorithm == "dpo":  # pairs are made of clips as people get them: without guidance few have matches
-        overrides += [f"sampling.guidance_scale={settings.guidance_scale}", f"dpo.fps={settings.frame_rate(config)}"]
+    if config.algorithm == "dpo":  # pairs are made of clips as people get them
+        guidance = max(settings.guidance_scale, _PAIR_GUIDANCE)
+        overrides += [f"sampling.guidance_scale={guidance}", f"dpo.fps={settings.frame_rate(config)}"]
     if seconds is not None:
         overrides += [f"updates={_ENDLESS}", f"stop.seconds_above={seconds}"]
     if updates is not None:
