@@ -96,7 +96,8 @@ def test_rivals_of_equal_seconds_train_as_long_as_vggrpo(tmp_path, monkeypatch, 
     section, before = getattr(found, found.algorithm), getattr(same, same.algorithm)
     assert before.candidates == 53  # 2,560 videos, 48 prompts
     assert section.candidates == {"sft": 79, "dpo-epipolar": 13, "dpo-geometry": 2}[name]
-    clips = {"sft": 48 * 20, "dpo-epipolar": 2 * 48 * 3, "dpo-geometry": 2 * 48}[name]  # the best quarter; and the worst
+    # The best quarter; and the worst.
+    clips = {"sft": 48 * 20, "dpo-epipolar": 2 * 48 * 3, "dpo-geometry": 2 * 48}[name]
     batch = {"sft": 16, "dpo": 16}[found.algorithm]
     assert found.updates == clips // batch  # one pass over them
 

@@ -269,9 +269,7 @@ def _search(
             yield at_view_rate(latents, base.view_rate, base.temporal_stride), views
 
     layers = _wanted_layers(config)
-    fits = search_layers(
-        parts.teacher, pairs(train), pairs(heldout), base.stride, layers, stitch.ridge, stitch.noise
-    )
+    fits = search_layers(parts.teacher, pairs(train), pairs(heldout), base.stride, layers, stitch.ridge, stitch.noise)
     ranked = rank_downstream(
         fits,
         lambda fit: stitched(base.model_copy(update={"layer": fit.layer}), parts.teacher, fit),

@@ -2,8 +2,8 @@
 
 Of latents that are linear in the picture, as those of the VAE's recipe are, put in the place of the picture's own
 patches, a linear map by least squares leaves the geometry network nearly as accurate as it is on frames; and least
-squares over noisy latents is more accurate under noise than the network is on what the decoder draws from them. Training
-(connector and LoRA against truth and teacher, on rendered and generated clips) is what the paper does.
+squares over noisy latents is more accurate under much noise than the network is on what the decoder draws from them.
+Training (connector and LoRA against truth and teacher, on rendered and generated clips) is what the paper does.
 """
 
 from __future__ import annotations
