@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vggrpo.errors import UserError
-from vggrpo.io.atomic import ensure_directory
+from vggrpo.io.atomic import atomic_write_json, ensure_directory, without_nan
 
 if TYPE_CHECKING:
     from vggrpo.pretraining.data import Shards
@@ -103,8 +103,8 @@ def pretrain(
     torch.manual_seed(0)
     closed_form = name == "lgm" and before is None and steps is None
     clips, heldout = render(output, shards or (STITCH_SHARDS if closed_form else SHARDS), place)
-    card = makers[name](Job(output, clips, heldout, place, before, steps, batch_scale))
-    (output / name / "card.json").write_text(json.dumps(card, indent=2) + "\n")
+    card = without_nan(makers[name](Job(output, clips, heldout, place, before, steps, batch_scale)))
+    atomic_write_json(output / name / "card.json", card)
     print(json.dumps(card))
     return output / name
 

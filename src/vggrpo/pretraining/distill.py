@@ -26,7 +26,7 @@ from vggrpo.config import EMBEDDED
 from vggrpo.config_lgm import TrainLGMConfig, check_resumable, dump_lgm_config
 from vggrpo.distributed import Processes
 from vggrpo.errors import UserError
-from vggrpo.io.atomic import atomic_write, atomic_write_json, ensure_directory
+from vggrpo.io.atomic import atomic_write, atomic_write_json, ensure_directory, without_nan
 from vggrpo.lgm.cache import CachedClips, CacheSettings, build_cache
 from vggrpo.lgm.clips import Clip, Source, video_sources
 from vggrpo.lgm.connector import at_view_rate
@@ -83,7 +83,7 @@ def train_lgm(config: TrainLGMConfig, *, search_only: bool = False, progress: bo
     if processes.is_main:
         model.save_pretrained(output / "lgm")
         card = {
-            "heldout_errors_against_teacher": errors,
+            "heldout_errors_against_teacher": without_nan(errors),  # nothing moves in a few clips: no error of masks
             "updates": config.updates,
             "clips": len(material.train),
             "trained_on": config.clips.model_dump(mode="json"),
