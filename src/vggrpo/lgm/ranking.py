@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vggrpo.errors import UserError
 from vggrpo.geometry import GeometryPrediction
-from vggrpo.io.atomic import atomic_write, atomic_write_json
+from vggrpo.io.atomic import atomic_write, atomic_write_json, without_nan
 from vggrpo.lgm.losses import geometry_errors
 from vggrpo.lgm.model import LatentGeometryModel
 from vggrpo.lgm.search import StitchFit
@@ -96,11 +96,7 @@ def write_search(directory: Path, ranked: Sequence[RankedFit], chosen: int, by: 
     from rich.console import Console
     from rich.table import Table
 
-    rows: list[dict[str, Any]] = [
-        {"layer": r.fit.layer}
-        | {name: value if math.isfinite(value) else None for name, value in _numbers(r).items()}  # JSON has no NaN
-        for r in ranked
-    ]
+    rows: list[dict[str, Any]] = [{"layer": r.fit.layer} | without_nan(_numbers(r)) for r in ranked]
     atomic_write_json(directory / "search.json", {"chosen": chosen, "ranked_by": by, "layers": rows})
     table = Table(title=f"Stitch points, best first by {by} (* chosen); errors against the RGB model, held-out clips")
     names = [name for name in ERRORS if name in rows[0]]

@@ -64,6 +64,12 @@ def neighbourhoods(latents: Float[Tensor, "B C S H W"], stride: int) -> Float[Te
     return torch.cat([rows, torch.ones_like(rows[:, :1])], 1)
 
 
+def _inside(latents: Float[Tensor, "B C S H W"], stride: int) -> Float[Tensor, " C125"]:
+    """How many tokens of one clip see each place of their kernel inside the clip: the same for every channel."""
+    places = neighbourhoods(torch.ones_like(latents[:1, :1]), stride)[:, :-1].double().sum(0)
+    return places.repeat(latents.shape[1])
+
+
 @torch.no_grad()
 def search_layers(
     geometry: GeometryModel,
@@ -89,11 +95,12 @@ def search_layers(
         tokens, special = _targets(geometry, frames, layers)
         # Products in float32, sums in float64: millions of rows lose digits otherwise.
         gram, cross = gram + (rows.T @ rows).double(), cross + (rows.T @ tokens).double()
-        inside = inside + len(latents) * neighbourhoods(torch.ones_like(latents[:1]), stride).double().sum(0)
+        inside = inside + len(latents) * _inside(latents, stride)
         specials = [sum_ + mean.double() * len(frames) for sum_, mean in zip(specials, special, strict=True)]
         count += len(frames)
     squares = gram.diagonal()
-    penalty = ridge * squares.clamp_min(1e-6 * squares[:-1].mean()) + noise**2 * inside
+    penalty = ridge * squares.clamp_min(1e-6 * squares[:-1].mean())
+    penalty[:-1] += noise**2 * inside
     penalty[-1] = 0.0  # the bias is free
     solution = torch.linalg.solve(gram + torch.diag(penalty), cross).float()
     score = _held_out_r2(geometry, heldout, layers, stride, solution)

@@ -22,7 +22,7 @@ from vggrpo.io.atomic import atomic_write_json, ensure_directory, without_nan
 if TYPE_CHECKING:
     from vggrpo.pretraining.data import Shards
 
-SHARDS, STITCH_SHARDS, HELDOUT_SHARDS = 40, 4, 1  # least squares are content with fewer clips than a training
+SHARDS, STITCH_SHARDS, HELDOUT_SHARDS = 40, 4, 1  # `lgm.stitch` reads 768 + 128 clips of 4 x 256
 
 
 @dataclass(frozen=True)
@@ -101,12 +101,17 @@ def pretrain(
     if before is not None and not before.is_dir():
         raise UserError(f"there is no model to start from in {before}; name a directory that holds {name}/")
     torch.manual_seed(0)
-    closed_form = name == "lgm" and before is None and steps is None
-    clips, heldout = render(output, shards or (STITCH_SHARDS if closed_form else SHARDS), place)
+    wanted = STITCH_SHARDS if name == "lgm" and _only_stitched(before, steps) else SHARDS
+    clips, heldout = render(output, shards or wanted, place)
     card = without_nan(makers[name](Job(output, clips, heldout, place, before, steps, batch_scale)))
     atomic_write_json(output / name / "card.json", card)
     print(json.dumps(card))
     return output / name
+
+
+def _only_stitched(start: Path | None, steps: int | None) -> bool:
+    """Whether an LGM is a closed form: it is trained only from a start, or for a number of steps."""
+    return start is None and steps is None
 
 
 def render(output: Path, shards: int, device: torch.device) -> tuple[list[Path], list[Path]]:
@@ -210,7 +215,7 @@ def _lgm(job: Job) -> dict[str, Any]:
     teacher = VGGT.from_pretrained(output / "geometry").requires_grad_(False).to(device)
     video_model = WanVideoModel.from_pretrained(output / "pipeline", device)
     data = lgm.EncodedClips(job.load(job.clips), video_model)
-    if job.start is None and job.steps is None:
+    if _only_stitched(job.start, job.steps):
         model = lgm.closed_form(teacher, data)
     else:
         first = lgm.stitch(teacher, data)[0] if job.start is None else lgm.parts_of(job.start)
