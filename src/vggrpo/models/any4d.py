@@ -149,7 +149,7 @@ class Any4D(nn.Module):
         """`resume` with what a loss needs: `conf_logit` (B, S, H, W) and `flow_from_first` (B, S, H, W, 3).
 
         The latter says where the points of view 0 are at the time of each view, less where they were: the flow head's
-        own output in the world frame.
+        own output in the world frame. In view 0 that is zero, and the head is not asked.
         """
         shape = tokens.shape[:2]
         x = tokens.flatten(0, 1)
@@ -169,11 +169,13 @@ class Any4D(nn.Module):
         patch = self.config.encoder.patch
         size = (patch * maps[0].shape[-2], patch * maps[0].shape[-1])
         out = dense(self.dpt_feature_head, self.dpt_regressor_head, maps, size).unflatten(0, shape)
-        flow = dense(self.scene_flow_dpt_feature_head, self.scene_flow_dpt_regressor_head, maps, size)
+        later = [x.unflatten(0, shape)[:, 1:].flatten(0, 1) for x in maps]
+        flow = dense(self.scene_flow_dpt_feature_head, self.scene_flow_dpt_regressor_head, later, size)
         pose = self.pose_head(maps[-1]).unflatten(0, shape)  # (B, S, 7)
         metres = self.scale_head(scale_token).exp().clamp_min(1e-8)  # (B,)
         cam2world = rigid(rotation_from_xyzw(pose[..., 3:]), pose[..., :3] * metres[:, None, None])
-        flow = metres[:, None, None, None, None] * flow.unflatten(0, shape).permute(0, 1, 3, 4, 2)
+        flow = flow.unflatten(0, (shape[0], shape[1] - 1)).permute(0, 1, 3, 4, 2)
+        flow = metres[:, None, None, None, None] * F.pad(flow, (0, 0, 0, 0, 0, 0, 1, 0))
         # The public confidence is 1 + exp(logit); 1 - 1 / that is the sigmoid.
         conf = out[:, :, _CONF].sigmoid() * (out[:, :, _UNAMBIGUOUS] > 0)
         prediction, flow = to_prediction(

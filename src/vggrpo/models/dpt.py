@@ -49,7 +49,11 @@ class ResidualConv(nn.Module):
 
 
 class Fusion(nn.Module):
-    """Adds a finer level to the map so far, refines it and enlarges it."""
+    """Adds a finer level to the map so far, refines it and enlarges it.
+
+    A convolution of single pixels and an interpolation, whose weights add up to one, give the same in either order; the
+    public codes enlarge first, which costs four times as much.
+    """
 
     def __init__(self, features: int, lateral: bool, rectified: bool) -> None:
         super().__init__()
@@ -61,7 +65,7 @@ class Fusion(nn.Module):
     def forward(self, x: Tensor, lateral: Tensor | None, size: tuple[int, int]) -> Tensor:
         if lateral is not None:
             x = x + self.resConfUnit1(lateral)
-        return self.out_conv(resized(self.resConfUnit2(x), size))
+        return resized(self.out_conv(self.resConfUnit2(x)), size)
 
 
 class Pyramid(nn.Module):
