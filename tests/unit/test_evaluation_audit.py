@@ -25,7 +25,8 @@ def measured(seed, noise, floor):
     rendered = {"smooth": kind(0, floor), "handheld": kind(0.2, 0.6), "wobble": kind(0.0, 0.1)}
     rendered["smooth"]["lgm"]["e_geo"] = torch.full((16,), floor)
     generated = kind(0.02, 0.08)
-    return rendered, {who: generated[who] for who in ("lgm", "teacher", "judge")}
+    judge = dict.fromkeys(("judge", "judge_once", "judge_mirrored"), generated["judge"])
+    return rendered, {"lgm": generated["lgm"], "teacher": generated["teacher"], **judge}
 
 
 @pytest.mark.parametrize(
@@ -38,6 +39,7 @@ def test_verdict_and_page(tmp_path, monkeypatch, noise, floor, passed):
     result = audit.audit_reward("embedded", tmp_path, clips=16)
     assert result["passed"] is passed
     assert set(result["teacher"]["spearman_judge"].values()) == {1.0}  # made to be the judge
+    assert set(result["judge_with_itself"].values()) == {1.0}
     assert json.loads((tmp_path / "audit.json").read_text()) == result
     page = (tmp_path / "audit.html").read_text()
     assert ("NOT passed" in page) is not passed and "plotly" in page

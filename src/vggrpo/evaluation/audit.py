@@ -4,6 +4,9 @@ Three questions: how large is its reprojection error on clips that are perfectly
 the base generator's clips; do its terms follow shake and wobble of known size; does it agree with an independent judge
 on generated clips?
 
+The judge errs, too, and looks at each generated clip and at its mirror image: its word is the mean of both, which halves
+what is noise in it, and how far the two agree says what agreement anything can reach.
+
 Beside the LGM stands the network that it was stitched from, on the frames that the VAE decodes: about what an LGM could
 reach that learned all its teacher knows.
 """
@@ -106,6 +109,9 @@ def audit_reward(
         "teacher": _answers("teacher", rendered, generated, groups),
         "floor_judge": _mean(rendered["smooth"]["judge"]["e_geo"]),
         "base_value_judge": _mean(generated["judge"]["e_geo"]),
+        "judge_with_itself": {
+            t: _correlation(generated["judge_once"][t], generated["judge_mirrored"][t], groups) for t in TERMS
+        },
         "samples_needed": samples_needed(generated["lgm"]["e_geo"]),
         "clips": clips, "seed": seed, "steps": steps, "guidance_scale": guidance_scale,
         "options": {k: dict(v) for k, v in subject.options.items()},
@@ -227,14 +233,16 @@ def _rendered_terms(subject: _Subject, clips: int, seed: int, batch: int) -> dic
 def _generated_terms(
     subject: _Subject, asked: Sequence[str], seed: int, batch: int, steps: int, guidance_scale: float
 ) -> dict[str, dict[str, Tensor]]:
-    """Terms of the base generator's clips, `GROUP` a prompt in a row."""
+    """Terms of the base generator's clips, `GROUP` a prompt in a row, by who measures; the judge's of the clips, of their
+    mirror images and the mean of both, which counts."""
     prompts = [prompt for prompt in asked for _ in range(GROUP)]
     video_model = subject.video_model
     shape = video_model.latent_spec.latent_shape(subject.num_frames, *subject.size)
     guided: dict[str, Any] = {}
     if guidance_scale != 1:
         guided = {"guidance_scale": guidance_scale, "negative_text": video_model.encode_prompt([""])}
-    rows: dict[str, list[dict[str, Tensor]]] = {"lgm": [], "teacher": [], "judge": []}
+    who = ("lgm", "teacher", "judge", "judge_once", "judge_mirrored")
+    rows: dict[str, list[dict[str, Tensor]]] = {name: [] for name in who}
     for low in range(0, len(prompts), batch):
         part = prompts[low : low + batch]
         seeds = list(range(seed + low, seed + low + len(part)))
@@ -243,8 +251,11 @@ def _generated_terms(
         rows["lgm"].append(subject.terms(subject.lgm(latents)))
         video = video_model.decode(latents)
         rows["teacher"].append(subject.read_frames(subject.teacher, video))
-        rows["judge"].append(subject.read_frames(subject.judge, video))
-    return {who: _joined(parts) for who, parts in rows.items()}
+        once, mirrored = (subject.read_frames(subject.judge, view) for view in (video, video.flip(-1)))
+        rows["judge_once"].append(once)
+        rows["judge_mirrored"].append(mirrored)
+        rows["judge"].append({term: (once[term] + mirrored[term]) / 2 for term in TERMS})
+    return {name: _joined(parts) for name, parts in rows.items()}
 
 
 def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -273,6 +284,8 @@ def _print(result: dict[str, Any]) -> None:
     for whom, key, bar in questions:
         for term in TERMS:
             table.add_row(f"Spearman with {whom}, {term}", *(f"{who[key][term]:.2f}" for who in both), f">= {bar}")
+    itself = ", ".join(f"{term} {value:.2f}" for term, value in result["judge_with_itself"].items())
+    table.add_row("for comparison: the judge with itself, on mirrored clips", itself, "", "")
     needed = ", ".join(f"{size}: {count}" for size, count in result["samples_needed"].items())
     table.add_row("clips an arm to see e_geo fall by", needed, "", "")
     Console().print(table)
