@@ -4,8 +4,8 @@ Three questions: how large is its reprojection error on clips that are perfectly
 the base generator's clips; do its terms follow shake and wobble of known size; does it agree with an independent judge
 on generated clips?
 
-The judge errs, too, and looks at each generated clip and at its mirror image: its word is the mean of both, which halves
-what is noise in it, and how far the two agree says what agreement anything can reach.
+The judge errs, too, so it looks at each generated clip and at its mirror image: its word is the mean of both, which
+halves what is noise in it, and how far the two agree says what agreement anything can reach.
 
 Beside the LGM stands the network that it was stitched from, on the frames that the VAE decodes: about what an LGM could
 reach that learned all its teacher knows.
@@ -233,8 +233,8 @@ def _rendered_terms(subject: _Subject, clips: int, seed: int, batch: int) -> dic
 def _generated_terms(
     subject: _Subject, asked: Sequence[str], seed: int, batch: int, steps: int, guidance_scale: float
 ) -> dict[str, dict[str, Tensor]]:
-    """Terms of the base generator's clips, `GROUP` a prompt in a row, by who measures; the judge's of the clips, of their
-    mirror images and the mean of both, which counts."""
+    """Terms of the base generator's clips, `GROUP` a prompt in a row, by who measures. The judge: of clips, of their
+    mirror images, and the mean of both, which counts."""
     prompts = [prompt for prompt in asked for _ in range(GROUP)]
     video_model = subject.video_model
     shape = video_model.latent_spec.latent_shape(subject.num_frames, *subject.size)
