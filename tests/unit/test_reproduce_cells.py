@@ -94,10 +94,10 @@ def test_rivals_of_equal_seconds_train_as_long_as_vggrpo(tmp_path, monkeypatch, 
     assert said == ["train vggrpo, seed 2", f"train {name}, seed 2", f"train {name}-seconds, seed 2"]
     assert configs[name] == same and found.stop.seconds_above is None  # the time must not end its one pass
     section, before = getattr(found, found.algorithm), getattr(same, same.algorithm)
-    assert before.candidates == 53  # 2,560 videos, 48 prompts
-    assert section.candidates == {"sft": 79, "dpo-epipolar": 13, "dpo-geometry": 2}[name]
+    assert before.candidates == 40  # 1,920 videos, 48 prompts
+    assert section.candidates == {"sft": 60, "dpo-epipolar": 10, "dpo-geometry": 2}[name]
     # The best quarter; and the worst.
-    clips = {"sft": 48 * 20, "dpo-epipolar": 2 * 48 * 3, "dpo-geometry": 2 * 48}[name]
+    clips = {"sft": 48 * 15, "dpo-epipolar": 2 * 48 * 2, "dpo-geometry": 2 * 48}[name]
     batch = {"sft": 16, "dpo": 16}[found.algorithm]
     assert found.updates == clips // batch  # one pass over them
 

@@ -149,7 +149,7 @@ def geometry_memory(num_frames: int, height: int, width: int) -> float:
 # Any4D's LoRA at rank 1, and the connector's weights a latent channel: 5x5x5 cells to 1024 numbers.
 ANY4D_LORA, ANY4D_CONNECTOR = 742_453, 125 * 1024
 # Bytes a pixel of the views whose dense maps are made at one time, and bytes a pixel of every view.
-_RECOMPUTED, _KEPT, _KEPT_FLOAT32 = (26100, 980), (5700, 11570), (5700, 15900)
+_RECOMPUTED, _KEPT, _KEPT_FLOAT32 = (23200, 1000), (5000, 10900), (5000, 15250)
 
 
 def distillation_memory(
@@ -157,9 +157,9 @@ def distillation_memory(
 ) -> float:
     """Peak memory in GiB of a forward and backward pass over some clips of an LGM around Any4D, weights left out.
 
-    Stitched before the first layer, with LoRA. With gradient checkpointing 980 B a pixel of every view (the blocks'
-    inputs, the maps and what the losses keep of them) and 26.1 kB a pixel, which the dense heads take for the eight
-    views that they make at one time; without it 11.6 kB a pixel of every view, 15.9 kB with a trunk in float32. Within
+    Stitched before the first layer, with LoRA. With gradient checkpointing 1 kB a pixel of every view (the blocks'
+    inputs, the maps and what the losses keep of them) and 23.2 kB a pixel, which the dense heads take for the eight
+    views that they make at one time; without it 10.9 kB a pixel of every view, 15.3 kB with a trunk in float32. Within
     5 % of what `benchmarks/full_shape.py lgm-wan2.1-any4d --account` counts.
 
     Args:
