@@ -103,26 +103,34 @@ def audit_reward(
     asked = list(islice(cycle(prompts or sample_prompts(count, seed + 1, split="heldout")), count))
     generated = _generated_terms(subject, asked, seed, batch, steps, guidance_scale)
     groups = [i // GROUP for i in range(len(generated["lgm"]["e_geo"]))]
-    answers = _answers("lgm", rendered, generated, groups)
-    missed = missed_bars(answers)
-    result = answers | {
-        "teacher": _answers("teacher", rendered, generated, groups),
-        "floor_judge": _mean(rendered["smooth"]["judge"]["e_geo"]),
-        "base_value_judge": _mean(generated["judge"]["e_geo"]),
-        "judge_with_itself": {
-            t: _correlation(generated["judge_once"][t], generated["judge_mirrored"][t], groups) for t in TERMS
-        },
-        "samples_needed": samples_needed(generated["lgm"]["e_geo"]),
+    result = _findings(rendered, generated, groups) | {
         "clips": clips, "seed": seed, "steps": steps, "guidance_scale": guidance_scale,
         "options": {k: dict(v) for k, v in subject.options.items()},
-        "passed": not missed,
-        "missed": missed,
     }  # fmt: skip
     write_audit_page(Path(output) / "audit.html", result, rendered, generated, groups)
     _print(result)
     result = without_nan(result)  # an untrained LGM may have no valid clip at all
     atomic_write_json(Path(output) / "audit.json", result)
     return result
+
+
+def _findings(
+    rendered: Mapping[str, Mapping[str, Terms]], generated: Mapping[str, Terms], groups: list[int]
+) -> dict[str, Any]:
+    """What an audit finds, for the LGM and its teacher, and the bars that the LGM misses."""
+    answers = _answers("lgm", rendered, generated, groups)
+    missed = missed_bars(answers)
+    once, mirrored = generated["judge_once"], generated["judge_mirrored"]
+    return answers | {
+        "teacher": _answers("teacher", rendered, generated, groups),
+        # Both read once, as they are.
+        "floor_judge": _mean(rendered["smooth"]["judge"]["e_geo"]),
+        "base_value_judge": _mean(once["e_geo"]),
+        "judge_with_itself": {t: _correlation(once[t], mirrored[t], groups) for t in TERMS},
+        "samples_needed": samples_needed(generated["lgm"]["e_geo"]),
+        "passed": not missed,
+        "missed": missed,
+    }
 
 
 def missed_bars(answers: Mapping[str, Any]) -> list[str]:
@@ -241,8 +249,7 @@ def _generated_terms(
     guided: dict[str, Any] = {}
     if guidance_scale != 1:
         guided = {"guidance_scale": guidance_scale, "negative_text": video_model.encode_prompt([""])}
-    who = ("lgm", "teacher", "judge", "judge_once", "judge_mirrored")
-    rows: dict[str, list[dict[str, Tensor]]] = {name: [] for name in who}
+    rows: dict[str, list[dict[str, Tensor]]] = {"lgm": [], "teacher": [], "judge_once": [], "judge_mirrored": []}
     for low in range(0, len(prompts), batch):
         part = prompts[low : low + batch]
         seeds = list(range(seed + low, seed + low + len(part)))
@@ -251,11 +258,10 @@ def _generated_terms(
         rows["lgm"].append(subject.terms(subject.lgm(latents)))
         video = video_model.decode(latents)
         rows["teacher"].append(subject.read_frames(subject.teacher, video))
-        once, mirrored = (subject.read_frames(subject.judge, view) for view in (video, video.flip(-1)))
-        rows["judge_once"].append(once)
-        rows["judge_mirrored"].append(mirrored)
-        rows["judge"].append({term: (once[term] + mirrored[term]) / 2 for term in TERMS})
-    return {name: _joined(parts) for name, parts in rows.items()}
+        rows["judge_once"].append(subject.read_frames(subject.judge, video))
+        rows["judge_mirrored"].append(subject.read_frames(subject.judge, video.flip(-1)))
+    found = {who: _joined(parts) for who, parts in rows.items()}
+    return found | {"judge": {t: (found["judge_once"][t] + found["judge_mirrored"][t]) / 2 for t in TERMS}}
 
 
 def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
