@@ -44,7 +44,7 @@ from vggrpo.io.atomic import atomic_write_json, ensure_directory
 from vggrpo.models.attributes import AttributeClassifier
 from vggrpo.models.loading import pick_device
 from vggrpo.models.vggt import VGGT
-from vggrpo.pretraining import attributes, data, generator, geometry, lgm, pretrain, vae
+from vggrpo.pretraining import REDRAWN_SHARDS, attributes, data, generator, geometry, lgm, pretrain, redrawn_clips, vae
 from vggrpo.pretraining.data import HELDOUT_SEED, Shards, render_shard, scene_drawer
 from vggrpo.pretraining.loop import Schedule, Watch
 
@@ -83,6 +83,7 @@ class Shop:
 
     Attributes:
         train: files of the clips to train on.
+        redrawn: files of the judge's other clips.
         select: held-out clips that choose between a network's states.
         heldout: those of the cards.
     """
@@ -90,6 +91,7 @@ class Shop:
     output: Path
     device: torch.device
     train: list[Path]
+    redrawn: list[Path]
     select: Path
     heldout: Path
 
@@ -100,8 +102,10 @@ class Shop:
     @classmethod
     def of(cls, output: Path, device: torch.device) -> Shop:
         """With what is rendered in OUTPUT."""
-        train, held = (sorted((output / "data" / name).glob("*.safetensors")) for name in ("train", "heldout"))
-        return cls(output, device, train, held[1], held[0])
+        train, redrawn, held = (
+            sorted((output / "data" / name).glob("*.safetensors")) for name in ("train", "redrawn", "heldout")
+        )
+        return cls(output, device, train, redrawn, held[1], held[0])
 
 
 def best_of(name: str, shop: Shop) -> nn.Module | None:
@@ -134,7 +138,8 @@ def measure(name: str, model: nn.Module, clips: Shards) -> tuple[dict[str, Any],
 
 def geometry_task(name: str, shop: Shop) -> Task:
     """The teacher or the judge."""
-    start, clips = VGGT.from_pretrained(shop.output / name), shop.load(*shop.train)
+    start = VGGT.from_pretrained(shop.output / name)
+    clips = shop.load(*shop.train, *(shop.redrawn if name == "judge" else ()))
     return Task(
         {"geometry": geometry.TEACHER_SCHEDULE, "judge": geometry.JUDGE_SCHEDULE}[name],
         lambda schedule, folder, watch: geometry.train_geometry(
@@ -284,6 +289,8 @@ def improve(arguments: argparse.Namespace) -> None:
             shutil.copytree(assets.path(name), aside).rename(output / name)
     ensure_directory(output / "work")
     render(output, arguments.clips, device, began + RENDER_SHARE * arguments.seconds)
+    if "judge" in arguments.networks:
+        redrawn_clips(output, Shop.of(output, device).train[:REDRAWN_SHARDS], device)
     shop = Shop.of(output, device)
     say(shards=len(shop.train), device=str(device), seconds=round(time.monotonic() - began, 1))
     end = began + (1 - RESERVE) * arguments.seconds

@@ -52,8 +52,8 @@ class ClipsConfig(Section):
     """The clips of the cache."""
 
     videos: str = EMBEDDED
-    """A folder of videos, a manifest (.jsonl), a webdataset shard (.tar) or a glob of them; "embedded" renders clips
-    of the embedded world."""
+    """A folder of videos, a manifest (.jsonl), a webdataset shard (.tar), a glob of them or numbered ones
+    (`shards-{000..127}.tar`, quoted in a shell); "embedded" renders clips of the embedded world."""
     max_clips: int = Field(default=256, ge=2)
     """At most this many clips of `videos`."""
     clips_per_video: int = Field(default=8, ge=1)

@@ -1,5 +1,6 @@
 """The real launchers: torchrun on one machine, torchrun of two machines (two agents on this one), accelerate, and
-mpirun where there is one. Each trains the embedded model for an update and says the same as one process."""
+mpirun where there is one. Each trains the embedded model for an update and says the same as one process; accelerate
+also makes an LGM."""
 
 from __future__ import annotations
 
@@ -13,6 +14,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
+
+from vggrpo.cli import main
 
 pytestmark = pytest.mark.e2e
 SETTINGS = [
@@ -20,6 +25,10 @@ SETTINGS = [
     "grpo.samples_per_prompt=3", "grpo.base_travel_samples=1", "sampling={num_steps: 3, window: 1}",
 ]  # fmt: skip
 TRAIN = ["vggrpo.cli", "train", *SETTINGS]
+TRAIN_LGM = [
+    "vggrpo.cli", "train-lgm", "lgm-tiny", "updates=2", "save_every=1", "clips.max_clips=4", "clips.num_frames=5",
+    "clips.generated_share=0", "stitch.layer=0", "distill.batch=2", "distill.lora_rank=2", "video.device=cpu",
+]  # fmt: skip
 ENVIRONMENT = {
     **{name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")},
     "OMP_NUM_THREADS": "1",
@@ -42,9 +51,9 @@ def accelerate(*options):
     return [sys.executable, "-m", "accelerate.commands.launch", *options, *fixed, "--module"]
 
 
-def finish(commands, output):
+def finish(commands, output, what=TRAIN):
     """Exit codes and what was said; nothing that was started outlives the test."""
-    with_output = [[*command, *TRAIN, f"output={output}"] for command in commands]
+    with_output = [[*command, *what, f"output={output}"] for command in commands]
     jobs = [
         subprocess.Popen(
             command,
@@ -78,15 +87,21 @@ def alone(tmp_path_factory):
     return row(output)
 
 
+def rows(output):
+    lines = (Path(output) / "log.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if not key.startswith("seconds/")} for line in lines]
+
+
 def row(output):
-    (line,) = (Path(output) / "log.jsonl").read_text().splitlines()
-    return {key: value for key, value in json.loads(line).items() if not key.startswith("seconds/")}
+    (only,) = rows(output)
+    return only
 
 
-def same(row, alone):
+def same(row, alone, rounding=("loss", "ratio_deviation")):
+    """All but what is zero up to `rounding`."""
     assert row.keys() == alone.keys()
     for key, value in alone.items():
-        if value is None or key in ("loss", "ratio_deviation"):  # zero but for rounding
+        if value is None or key in rounding:
             continue
         assert row[key] == pytest.approx(value, rel=1e-3, abs=1e-6), key
 
@@ -120,6 +135,29 @@ def test_two_processes_say_what_one_says(alone, tmp_path, commands):
     assert codes == [0] * len(commands), said
     assert said.count("weights in") == 1
     same(row(tmp_path), alone)
+
+
+def test_accelerate_makes_one_lgm_and_goes_on(tmp_path):
+    alone, both = tmp_path / "alone", tmp_path / "both"
+
+    def train():
+        command = accelerate("--multi_gpu", "--num_processes", "2", "--main_process_port", port())
+        codes, said = finish([command], both, TRAIN_LGM)
+        assert codes == [0] and said.count("written:") == 1, said
+        return load_file(both / "lgm" / "model.safetensors")
+
+    assert main([*TRAIN_LGM[1:], f"output={alone}"]) == 0
+    made = train()
+    for two, one in zip(rows(both), rows(alone), strict=True):
+        same(two, one, rounding=())
+    first, _ = (both / "log.jsonl").read_text().splitlines()
+    shutil.rmtree(both / "checkpoints" / "step-000002")  # as if it had been stopped after the first update
+    shutil.rmtree(both / "lgm")
+    for _ in ("stopped", "finished"):
+        again = train()
+        assert again.keys() == made.keys() and all(torch.equal(again[name], made[name]) for name in made)
+        kept, _ = (both / "log.jsonl").read_text().splitlines()
+        assert kept == first  # with its seconds: not made again
 
 
 def test_accelerate_on_cpus_would_start_one_and_is_refused(tmp_path):

@@ -85,6 +85,31 @@ def test_a_compiled_lgm_says_the_same_and_is_differentiable():
 
 
 @pytest.mark.e2e
+@pytest.mark.parametrize("differentiable", [False, True])
+def test_a_compiled_plug_says_the_same(differentiable):
+    from test_lgm_analysis import lgm
+    from torch._dynamo.utils import counters
+
+    from vggrpo import LatentGeometryReward
+
+    torch.compiler.reset()  # of one function so many versions are compiled, and others may have used them up
+    counters.clear()
+    reward = LatentGeometryReward(lgm(layer=1), differentiable=differentiable)
+    compiled = torch.compile(reward, backend="aot_eager")
+    latents = torch.randn(2, 3, 3, 4, 6, generator=torch.Generator().manual_seed(0)).requires_grad_(differentiable)
+    want, got = reward(latents), compiled(latents)
+    assert counters["stats"]["unique_graphs"] > 0  # something was compiled
+    assert want["valid"].all() and got.keys() == want.keys()
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=1e-5)
+        assert got[name].requires_grad == want[name].requires_grad
+    if differentiable:
+        gradients = [torch.autograd.grad((s["motion"] + s["geometry"]).sum(), latents)[0] for s in (got, want)]
+        torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-6)
+        assert gradients[0].abs().max() > 1e-3
+
+
+@pytest.mark.e2e
 def test_the_documented_cost_at_full_shape():
     """Counted without weights at 480x832x81: the numbers of docs/train_lgm.md."""
     from vggrpo.evaluation.lgm_cost import WAN_2_1, cost_table, full_shape, reward_paths

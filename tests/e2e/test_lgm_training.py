@@ -77,6 +77,7 @@ def test_the_result_is_an_lgm_with_its_manifest(place):
     assert model.config.layer == json.loads((place / "whole" / "search.json").read_text())["chosen"]
     card = json.loads((place / "whole" / "lgm" / "card.json").read_text())
     assert card["trained_on"]["videos"] == str(place / "videos") and card["trained_on"]["generated_share"] == 0
+    assert str(place / "vggt") in card["geometry_licence"] and "CC BY-NC 4.0" in card["geometry_licence"]
     with torch.no_grad():
         out = model(torch.zeros(1, 3, 3, 4, 6))
     assert out.depth.shape == (1, 3, *SIZE)

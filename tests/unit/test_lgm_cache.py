@@ -65,6 +65,34 @@ def test_folders_manifests_tars_and_globs_hold_the_same_clips(tmp_path):
     assert len([clip for source in sources(folder, clips_per_video=1) for clip in source.clips()]) == 3
 
 
+def test_of_a_webdataset_shard_only_the_videos_are_read(tmp_path, caplog):
+    """Beside a key's video lie its caption and its numbers."""
+    folder = write_videos(tmp_path / "videos", 2)
+    with tarfile.open(tmp_path / "a-0.tar", "w") as archive:
+        for key in ("v0", "v1"):
+            (folder / f"{key}.json").write_text('{"fps": 10}')
+            (folder / f"{key}.txt").write_text("a caption")
+            for suffix in ("json", "mp4", "txt"):
+                archive.add(folder / f"{key}.{suffix}", arcname=f"{key}.{suffix}")
+    clips = build(tmp_path / "cache", tmp_path / "a-0.tar")
+    assert sorted(clips.keys) == ["a-0.tar/v0.mp4#0", "a-0.tar/v1.mp4#0"]
+    assert not caplog.messages  # nothing was tried and passed over
+
+
+@pytest.mark.parametrize("place", ["a-{:03}.tar", "{:03}/a.tar"])
+def test_shards_are_numbered_in_braces(tmp_path, place):
+    folder = write_videos(tmp_path / "videos", 1)
+    for number in range(8, 12):
+        shard = tmp_path / place.format(number)
+        shard.parent.mkdir(exist_ok=True)
+        with tarfile.open(shard, "w") as archive:
+            archive.add(folder / "v0.mp4", arcname="v0.mp4")
+    pattern = tmp_path / place.replace("{:03}", "{008..010}")
+    assert [source.name for source in sources(pattern)] == [f"{place.format(n)}/v0.mp4" for n in (8, 9, 10)]
+    with pytest.raises(UserError, match=r"012(/a)?\.tar does not exist"):
+        list(sources(tmp_path / place.replace("{:03}", "{010..012}")))
+
+
 def write_scenes(folder, count=4, length=2 * FRAMES):
     """One folder a scene, and in each a video (and a tar with one) of the same name."""
     for i in range(count):
@@ -112,7 +140,9 @@ def test_bad_videos_are_passed_over_and_named(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         clips = build(tmp_path / "cache", folder)
     assert sorted(clips.keys) == ["v0.mp4#0", "v1.mp4#0"]
-    for words in ("corrupt.mp4 cannot be decoded", "cut.mp4", "one.mp4 has 1 frames", "portrait.mp4 is 48x96"):
+    for name in ("corrupt.mp4", "cut.mp4"):
+        assert f"{name} cannot be decoded" in caplog.text
+    for words in ("one.mp4 has 1 frames", "portrait.mp4 is 48x96"):
         assert words in caplog.text
     assert "only 33% of the picture would be left" in caplog.text
     assert len(build(tmp_path / "more", folder, min_kept=0.3)) == 3

@@ -139,6 +139,32 @@ def test_the_licence_is_said_before_the_hub_is_asked(monkeypatch, caplog: pytest
         refused("facebook/VGGT-1B", "ConnectionError", "licence must be accepted")
 
 
+@pytest.mark.parametrize(
+    ("telltale", "kind", "words"),
+    [
+        ("aggregator.camera_token", "vggt", "VGGT-1B is CC BY-NC 4.0 (non-commercial)"),
+        ("scene_flow_dpt_regressor_head.conv1.weight", "any4d", "Any4D's is not stated: ask its authors"),
+        ("model.backbone.pretrained.camera_token", "depth_anything_3", "large and giant CC BY-NC 4.0"),
+    ],
+)
+def test_the_licence_of_public_weights_in_a_folder_is_said(
+    telltale: str, kind: str, words: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By the names in the file, and before it turns out that they do not fit."""
+    (tmp_path / "config.json").write_text('{"dim": 0}')
+    save_file({telltale: torch.zeros(1, 1, 1)}, tmp_path / "model.safetensors")
+    with caplog.at_level(logging.WARNING), pytest.raises(UserError):
+        load_geometry_model(tmp_path)
+    (said,) = caplog.messages
+    assert f"{tmp_path} holds weights of {kind}; licence: as the publisher of" in said and words in said
+
+
+def test_what_was_saved_here_is_loaded_without_a_word(directory: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        load_geometry_model(directory)
+    assert not caplog.messages
+
+
 def test_every_kind_has_a_licence_and_none_is_empty() -> None:
     assert all(weights.licence for weights in WEIGHTS)
     assert licence_of("depth-anything/DA3-SMALL", "depth_anything_3") == "Apache-2.0"

@@ -9,17 +9,21 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from vggrpo import assets
 from vggrpo.errors import UserError
 from vggrpo.geometry import GeometryPrediction, project
 from vggrpo.lgm.losses import unit_depth
 from vggrpo.models.lucas_kanade import displacement
 from vggrpo.models.vggt_layers import Displacement
+from vggrpo.models.wan import WanVideoModel
 from vggrpo.pretraining import data as shard_data
+from vggrpo.pretraining import redraw
 from vggrpo.pretraining.compress import compress_lora, widen_lora
 from vggrpo.pretraining.data import Shards, augment, render_shard
 from vggrpo.pretraining.geometry import reward_loss
 from vggrpo.pretraining.loop import Schedule, fit, go_on_from, half_precision
 from vggrpo.pretraining.matching import image_motion
+from vggrpo.pretraining.redraw import redraw_shard
 from vggrpo.pretraining.vae import CHANNELS, FRAMES, PATCH, Reader
 from vggrpo.world import sample_batch
 
@@ -73,6 +77,22 @@ def test_a_shard_holds_what_was_rendered(tmp_path, monkeypatch):
     torch.testing.assert_close(part.video[0], truth.video[1, :, frames], atol=1 / 255, rtol=0)
     time = path.stat().st_mtime_ns
     assert render_shard(tmp_path, 3).stat().st_mtime_ns == time  # made once
+
+
+def test_redrawn_clips_show_what_was_rendered(tmp_path, monkeypatch):
+    """The truth of the shard, and a picture that is not its own and nearer to it than to another clip's."""
+    monkeypatch.setattr(shard_data, "SHARD_SIZE", 4)
+    monkeypatch.setattr(redraw, "HIGHEST", 0.3)
+    path = render_shard(tmp_path / "train", 2)
+    made = redraw_shard(path, tmp_path / "redrawn", WanVideoModel.from_pretrained(assets.path("pipeline")))
+    first, second = Shards.load([path]), Shards.load([made])
+    assert made.name == path.name and first.texts == second.texts
+    assert all(torch.equal(first.tensors[name], second.tensors[name]) for name in first.tensors if name != "video")
+    a, b = (shards.video(torch.arange(4)) for shards in (first, second))
+    own, others = ((a - x).square().flatten(1).mean(1) for x in (b, b.roll(1, 0)))
+    assert (own > 1e-4).all() and (own < others / 3).all()
+    time = made.stat().st_mtime_ns
+    assert redraw_shard(path, tmp_path / "redrawn", None).stat().st_mtime_ns == time  # made once
 
 
 @pytest.mark.parametrize("seed", range(6))

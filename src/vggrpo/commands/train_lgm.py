@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 
 from vggrpo.commands.arguments import GO_ON, Subparsers
 
@@ -34,6 +35,9 @@ def run(arguments: argparse.Namespace) -> None:
     from vggrpo.config_lgm import load_lgm_config
 
     config = load_lgm_config(arguments.config, arguments.overrides)
+    from vggrpo.distributed import announced
     from vggrpo.pretraining.distill import train_lgm
 
-    print(f"written: {train_lgm(config, search_only=arguments.search_only)}")
+    made = train_lgm(config, search_only=arguments.search_only)
+    if announced(os.environ)[0] == 0:  # one of several processes speaks for all
+        print(f"written: {made}")

@@ -127,7 +127,7 @@ def _findings(
         "floor_judge": _mean(rendered["smooth"]["judge"]["e_geo"]),
         "base_value_judge": _mean(once["e_geo"]),
         "judge_with_itself": {t: _correlation(once[t], mirrored[t], groups) for t in TERMS},
-        "samples_needed": samples_needed(generated["lgm"]["e_geo"]),
+        "samples_needed": {t: samples_needed(generated["lgm"][t]) for t in TERMS},
         "passed": not missed,
         "missed": missed,
     }
@@ -292,8 +292,9 @@ def _print(result: dict[str, Any]) -> None:
             table.add_row(f"Spearman with {whom}, {term}", *(f"{who[key][term]:.2f}" for who in both), f">= {bar}")
     itself = ", ".join(f"{term} {value:.2f}" for term, value in result["judge_with_itself"].items())
     table.add_row("for comparison: the judge with itself, on mirrored clips", itself, "", "")
-    needed = ", ".join(f"{size}: {count}" for size, count in result["samples_needed"].items())
-    table.add_row("clips an arm to see e_geo fall by", needed, "", "")
+    for term, sizes in result["samples_needed"].items():
+        needed = ", ".join(f"{size}: {count}" for size, count in sizes.items())
+        table.add_row(f"clips an arm to see {term} fall by", needed, "", "")
     Console().print(table)
     for bar in result["missed"]:
         Console().print(f"missed: {bar}")

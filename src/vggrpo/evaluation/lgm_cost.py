@@ -1,8 +1,8 @@
 """What a reward costs: through RGB (decode, then the geometry model) and through an LGM, by FLOPs, time and memory.
 
 FLOPs are counted by `torch.utils.flop_counter` (a multiplication and an addition are two) and need no weights: on the
-meta device the full shapes of Wan cost nothing. Time and memory are measured where the models are. Rewards themselves
-are left out: they are the same for every path.
+meta device the full shapes of Wan cost nothing. Time and memory are measured where the models are. What follows any
+path, the rewards themselves, is a row of its own where there are numbers to judge.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from vggrpo.lgm.cache import teacher_views
 from vggrpo.lgm.model import LatentGeometryModel
 from vggrpo.models.base import GeometryModel, LatentSpec
 from vggrpo.models.vae import VAE
+from vggrpo.rewards.registry import AUDITED, get_reward
 
 Work = Callable[[], object]
 
@@ -38,7 +40,8 @@ def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> in
 
 
 def reward_paths(lgm: dict[str, LatentGeometryModel], vae: VAE, rgb: GeometryModel, latents: Tensor) -> dict[str, Work]:
-    """The ways from latents to geometry: `rgb` at the latent view rate, `rgb_all_frames`, and each LGM by view rate.
+    """The ways from latents to geometry: `rgb` at the latent view rate, `rgb_all_frames`, and each LGM by view rate;
+    and `rewards`, both of the paper on the first LGM's geometry, unless the latents are on the meta device.
 
     Args:
         lgm: view rate -> model.
@@ -52,7 +55,11 @@ def reward_paths(lgm: dict[str, LatentGeometryModel], vae: VAE, rgb: GeometryMod
     paths = {"rgb": through_rgb(step)}
     if step > 1:
         paths["rgb_all_frames"] = through_rgb(1)
-    return paths | {f"lgm_{rate}": (lambda model=model: model(latents)) for rate, model in lgm.items()}  # type: ignore[misc]
+    paths |= {f"lgm_{rate}": (lambda model=model: model(latents)) for rate, model in lgm.items()}  # type: ignore[misc]
+    if latents.is_meta:
+        return paths
+    geometry = cache(lambda: next(iter(lgm.values()))(latents))  # by the call that warms up
+    return paths | {"rewards": lambda: [get_reward(name)(geometry()) for name in AUDITED]}
 
 
 @torch.inference_mode()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import itertools
+import re
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ from vggrpo.io.manifest import read_manifest
 from vggrpo.io.video import read_video
 
 SUFFIXES = (".mp4", ".webm", ".mov", ".mkv", ".avi")
+_NUMBERS = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
 @dataclass(frozen=True)
@@ -64,16 +66,17 @@ def video_sources(
     """The videos of a folder (and its sub-folders), a manifest, a tar shard or a glob of any of them, in a fixed order.
 
     A source is named by its path in the folder, or, of a glob, by its path after the folders that hold no wildcard:
-    `scenes/*/video.mp4` gives `a/video.mp4` and `b/video.mp4`. A name comes once.
+    `scenes/*/video.mp4` gives `a/video.mp4` and `b/video.mp4`. A name comes once. Numbers in braces stand for as many
+    paths: `shards-{000..127}.tar`.
 
     Raises:
-        UserError: nothing is there.
+        UserError: nothing is there, or one of numbered paths is missing.
     """
     cut = _Cutter(num_frames, size, frame_stride, min_kept, clips_per_video)
     named: set[str] = set()
     for root, base in _roots(path):
         if not root.exists():
-            raise UserError(f"clips.videos {path} does not exist; give a folder, a manifest (.jsonl) or .tar shards")
+            raise UserError(f"clips.videos {root} does not exist; give a folder, a manifest (.jsonl) or .tar shards")
         for source in _sources_of(root, base, cut):
             if source.name not in named:  # `**` finds a folder and the files in it
                 named.add(source.name)
@@ -84,12 +87,30 @@ def video_sources(
 
 def _roots(path: str) -> list[tuple[Path, Path]]:
     """What `path` names, each with the folder that its videos' names are relative to."""
-    if not glob.has_magic(path):
+    if not _is_pattern(path):
         root = Path(path)
         return [(root, root if root.is_dir() else root.parent)]
-    fixed = itertools.takewhile(lambda part: not glob.has_magic(part), Path(path).parts)
-    base = Path(*fixed)
-    return [(Path(found), base) for found in sorted(glob.glob(path, recursive=True))]
+    base = Path(*itertools.takewhile(lambda part: not _is_pattern(part), Path(path).parts))
+    return [
+        (Path(found), base)
+        for one in _numbered(path)
+        for found in (sorted(glob.glob(one, recursive=True)) if glob.has_magic(one) else [one])
+    ]
+
+
+def _is_pattern(path: str) -> bool:
+    return glob.has_magic(path) or _NUMBERS.search(path) is not None
+
+
+def _numbered(path: str) -> list[str]:
+    """The paths of a pattern with numbers in braces, `{008..010}`: as many digits as its first number has."""
+    numbers = _NUMBERS.search(path)
+    if numbers is None:
+        return [path]
+    first, last = numbers.groups()
+    rest = _numbered(path[numbers.end() :])
+    start = path[: numbers.start()]
+    return [f"{start}{n:0{len(first)}}{end}" for n in range(int(first), int(last) + 1) for end in rest]
 
 
 def _sources_of(root: Path, base: Path, cut: _Cutter) -> Iterator[Source]:

@@ -1,7 +1,9 @@
 """Recipes that make the shipped models from rendered clips; `pretrain(name, output)` runs one with all that it needs.
 
-    OUTPUT/data       rendered shards           OUTPUT/latents    their latents
-    OUTPUT/work/NAME  checkpoints and logs      OUTPUT/NAME       the finished model, as shipped
+    OUTPUT/data       rendered shards, and some of them re-drawn by the generator
+    OUTPUT/latents    latents of the rendered ones
+    OUTPUT/work/NAME  checkpoints and logs
+    OUTPUT/NAME       the finished model, as shipped
 
 Every stage resumes from its last checkpoint and skips what is finished.
 """
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from vggrpo.pretraining.data import Shards
 
 SHARDS, STITCH_SHARDS, HELDOUT_SHARDS = 40, 4, 1  # `lgm.stitch` reads 768 + 128 clips of 4 x 256
+REDRAWN_SHARDS = 16  # of the rendered ones; the judge reads them beside all of those
 
 
 @dataclass(frozen=True)
@@ -169,7 +172,19 @@ def _geometry(job: Job) -> dict[str, Any]:
 def _judge(job: Job) -> dict[str, Any]:
     from vggrpo.pretraining import geometry
 
-    return _geometry_network(job, "judge", geometry.JUDGE, geometry.JUDGE_SCHEDULE)
+    clips = [*job.clips, *redrawn_clips(job.output, job.clips[:REDRAWN_SHARDS], job.device)]
+    return _geometry_network(replace(job, clips=clips), "judge", geometry.JUDGE, geometry.JUDGE_SCHEDULE)
+
+
+def redrawn_clips(output: Path, clips: list[Path], device: torch.device) -> list[Path]:
+    """Re-draw what is missing of these shards, by the pipeline in OUTPUT or the shipped one."""
+    from vggrpo import assets
+    from vggrpo.models.wan import WanVideoModel
+    from vggrpo.pretraining.redraw import redraw_shard
+
+    own, folder = output / "pipeline", output / "data" / "redrawn"
+    video_model = WanVideoModel.from_pretrained(own if own.is_dir() else assets.path("pipeline"), device)
+    return [redraw_shard(path, folder, video_model) for path in clips]
 
 
 def _geometry_network(job: Job, name: str, config: Any, schedule: Any) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from vggrpo.world.perturb import wobble
 
 TEACHER = VGGTConfig(stem_blocks=2, stem_displacement=True, head_features=64, head_detail=True)
 JUDGE = VGGTConfig(
-    dim=128, heads=4, conv_layers=5, pairs=2, registers=0, stem_blocks=1, stem_displacement=True, hooks=(1, 2),
+    dim=128, heads=4, conv_layers=6, pairs=4, registers=0, stem_blocks=2, stem_displacement=True, hooks=(2, 4),
     head_features=48, head_detail=True, mlp_ratio=2.0,
 )  # fmt: skip
 BATCH, VIEWS = 8, 5  # clips of that many views; more clips when they show fewer
