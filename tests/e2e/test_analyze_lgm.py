@@ -37,7 +37,7 @@ def test_the_command_on_real_files(tmp_path, capsys):
     result = json.loads((tmp_path / "out" / "analysis.json").read_text())
     assert result["accuracy"]["clips"] == 2 and result["reference"] == "the RGB model on clean frames"
     assert len(result["noise"]["lgm"]["abs_rel"]) == len(result["noise"]["levels"])
-    assert list(result["cost"]["5x32x48, this LGM"]) == ["rgb", "lgm_latent"]
+    assert list(result["cost"]["5x32x48, this LGM"]) == ["rgb", "lgm_latent", "rewards"]
     page = (tmp_path / "out" / "analysis.html").read_text()
     assert "Accuracy on 2 clips" in page and f"<td>{result['accuracy']['lgm_against_rgb']['abs_rel']:.4f}</td>" in page
     assert "TFLOP" in page and "plotly" in page
