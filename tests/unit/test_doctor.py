@@ -99,7 +99,7 @@ def test_lgm_recipes_fit_a_card_of_80_gb(recipe, tmp_path):
         assert field in shipped
         (tmp_path / "r.yaml").write_text(shipped.replace(field, other))
         worse = doctor.lgm_recipe_memory(str(tmp_path / "r.yaml"))
-        assert worse["distill"] > 88 and worse["cache"] == stages["cache"]
+        assert worse["distill"] > 89 and worse["cache"] == stages["cache"]
 
 
 def test_every_shipped_recipe_is_in_the_report():

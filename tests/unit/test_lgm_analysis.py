@@ -146,6 +146,7 @@ def test_the_cost_table_counts_without_weights_what_it_counts_with_them():
     real, meta = tables
     assert list(meta) == ["rgb", "rgb_all_frames", "lgm_latent", "lgm_frame"]
     assert list(real) == [*meta, "rewards"] and real["rewards"]["seconds"] > 0
+    assert real["rewards"]["flops"] < real["lgm_latent"]["flops"] / 10  # without the geometry that they read
     assert all(real[name]["flops"] == meta[name]["flops"] for name in meta)
     assert real["lgm_latent"]["flops"] < real["rgb"]["flops"] < real["rgb_all_frames"]["flops"]
     assert real["rgb"]["flops_of_rgb"] == 1 and real["rgb"]["seconds"] > 0 and "seconds" not in meta["rgb"]

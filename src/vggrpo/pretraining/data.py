@@ -77,7 +77,6 @@ def render_shard(
     path = shard_path(folder, number)
     if path.exists():
         return path
-    folder.mkdir(parents=True, exist_ok=True)
     start = first_seed + number * SHARD_SIZE
     parts: dict[str, list[Tensor]] = {}
     texts: list[dict] = []
@@ -94,8 +93,14 @@ def render_shard(
             for c, a, h in zip(world.captions, world.attributes, world.handheld, strict=True)
         ]
     tensors = {name: torch.cat(rows) for name, rows in parts.items()} | {"frame_index": world.frame_index.cpu()}
+    return write_tensors(path, tensors, {"texts": json.dumps(texts)})
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, str] | None = None) -> Path:
+    """Write a safetensors file aside, under a name that no search for shards finds, then rename it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    save_file(tensors, temporary, metadata={"texts": json.dumps(texts)})
+    save_file(tensors, temporary, metadata=header)
     temporary.replace(path)
     return path
 

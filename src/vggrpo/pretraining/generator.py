@@ -13,13 +13,12 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vggrpo.models.base import LatentSpec
 from vggrpo.models.wan import WanVideoModel
-from vggrpo.pretraining.data import CPU, Shards, at_once
+from vggrpo.pretraining.data import CPU, Shards, at_once, write_tensors
 from vggrpo.pretraining.loop import Logs, Schedule, Watch, fit, go_on_from, half_precision
 from vggrpo.pretraining.text import TEXT_DIM, build_text_encoder, build_tokenizer
 from vggrpo.pretraining.vae import CHANNELS
@@ -66,7 +65,6 @@ def encode_latents(vae: AutoencoderKLWan, shard: Path, folder: Path) -> Path:
     path = folder / shard.name
     if path.exists():
         return path
-    folder.mkdir(parents=True, exist_ok=True)
     device = next(vae.parameters()).device
     data = Shards.load([shard], truth=False, device=device)
     mean, std = (
@@ -80,10 +78,7 @@ def encode_latents(vae: AutoencoderKLWan, shard: Path, folder: Path) -> Path:
             with half_precision(device):
                 latents = vae.encode(frames).latent_dist.mean.float()
             columns[name].append(((latents - mean) / std).half().cpu())
-    temporary = path.with_suffix(".tmp")
-    save_file({k: torch.cat(v) for k, v in columns.items()}, temporary)
-    temporary.replace(path)
-    return path
+    return write_tensors(path, {k: torch.cat(v) for k, v in columns.items()})
 
 
 def mirrored_attributes(attributes: dict) -> dict:

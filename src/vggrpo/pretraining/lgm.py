@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vggrpo.geometry import GeometryPrediction
@@ -27,7 +26,7 @@ from vggrpo.models.vae import weights_hash
 from vggrpo.models.vggt import VGGT
 from vggrpo.models.wan import WanVideoModel
 from vggrpo.pretraining.compress import compress_lora, widen_lora
-from vggrpo.pretraining.data import CPU, Shards, at_once, augment
+from vggrpo.pretraining.data import CPU, Shards, at_once, augment, write_tensors
 from vggrpo.pretraining.geometry import (
     CONSISTENCY_FROM,
     MATCH_WEIGHT,
@@ -275,8 +274,5 @@ def generated_clips(
                 )
             )
             views.append(model.decode(latents[-1])[:, :, ::4].transpose(1, 2).half())
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        temporary = cache.with_suffix(".tmp")
-        save_file({"latents": torch.cat(latents).half().cpu(), "views": torch.cat(views).cpu().contiguous()}, temporary)
-        temporary.replace(cache)
+        write_tensors(cache, {"latents": torch.cat(latents).half().cpu(), "views": torch.cat(views).cpu().contiguous()})
     return _read(cache, "latents").to(device), _read(cache, "views").to(device)

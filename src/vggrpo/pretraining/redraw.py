@@ -8,17 +8,15 @@ as they were rendered, and by .021, .035, .063 when they are re-drawn from noise
 from __future__ import annotations
 
 import json
-import os
 from itertools import pairwise
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from vggrpo.models.wan import WanVideoModel
-from vggrpo.pretraining.data import at_once
+from vggrpo.pretraining.data import at_once, write_tensors
 from vggrpo.sampling.flow_sde import ode_step
 
 LOWEST, HIGHEST = 0.15, 0.7  # share of noise from which a batch is re-drawn
@@ -33,7 +31,6 @@ def redraw_shard(path: Path, folder: Path, video_model: WanVideoModel) -> Path:
     target = folder / path.name
     if target.exists():
         return target
-    folder.mkdir(parents=True, exist_ok=True)
     with safe_open(path, "pt") as file:
         header = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
@@ -44,10 +41,7 @@ def redraw_shard(path: Path, folder: Path, video_model: WanVideoModel) -> Path:
         redrawn(video_model, video, captions[i * batch : (i + 1) * batch], generator)
         for i, video in enumerate(tensors["video"].split(batch))
     ]
-    temporary = target.with_suffix(f".{os.getpid()}.tmp")
-    save_file(tensors | {"video": torch.cat(parts)}, temporary, metadata=header)
-    temporary.replace(target)
-    return target
+    return write_tensors(target, tensors | {"video": torch.cat(parts)}, header)
 
 
 def redrawn(video_model: WanVideoModel, video: Tensor, captions: list[str], generator: torch.Generator) -> Tensor:
