@@ -30,6 +30,9 @@ from vggrpo.config_algorithms import Section as _Section
 from vggrpo.config_loading import first_difference, load_section
 from vggrpo.config_loading import recipe_path as recipe_path
 
+RELATIVE_REWARDS = ("camera_motion_hinge", "subject_presence_hinge")
+"""Rewards that compare a clip with the base model's of the same prompt."""
+
 RESUMABLE = frozenset(
     {
         "output", "updates", "save_every", "keep_last", "trackers", "data.cache", "model.device", "model.shard",
@@ -37,7 +40,8 @@ RESUMABLE = frozenset(
         "model.gradient_checkpointing", "model.compile", "sampling.micro_batch", "sampling.offload",
         "grpo.micro_batch", "lgm.micro_batch", "sft.micro_batch", "dpo.micro_batch", "direct.micro_batch",
         "nft.micro_batch",
-        "stop.travel_below", "stop.dynamics_below", "stop.kl_above", "stop.memory", "stop.seconds_above",
+        "stop.travel_below", "stop.dynamics_below", "stop.subjects_below", "stop.kl_above", "stop.memory",
+        "stop.seconds_above",
     }
 )  # fmt: skip
 
@@ -275,17 +279,19 @@ class TrainConfig(_Section):
         if grpo.ratio_norm and sampling.variant == "cps":
             raise ValueError("grpo.ratio_norm needs a Gaussian step; set a sampling.variant other than cps")
         self._check_algorithm()
-        if max(self.stop.travel_below, self.stop.dynamics_below) > 0 and grpo.base_travel_samples == 0:
+        relative = (self.stop.travel_below, self.stop.dynamics_below, self.stop.subjects_below)
+        if max(relative) > 0 and grpo.base_travel_samples == 0:
             raise ValueError(
-                "stop.travel_below and stop.dynamics_below compare with the base model; set "
+                "stop.travel_below, stop.dynamics_below and stop.subjects_below compare with the base model; set "
                 "grpo.base_travel_samples to 1 or more"
             )
         if not any(term.weight > 0 for term in self.rewards.values()):
             raise ValueError("all weights in rewards are 0; give at least one reward a positive weight")
-        if "camera_motion_hinge" in self.rewards and grpo.base_travel_samples == 0:
-            raise ValueError(
-                "rewards.camera_motion_hinge compares with the base model; set grpo.base_travel_samples to 1 or more"
-            )
+        for name in RELATIVE_REWARDS:
+            if name in self.rewards and grpo.base_travel_samples == 0:
+                raise ValueError(
+                    f"rewards.{name} compares with the base model; set grpo.base_travel_samples to 1 or more"
+                )
         return self
 
     def _check_algorithm(self) -> None:

@@ -52,10 +52,12 @@ class StopConfig(Section):
     0 = never."""
     dynamics_below: float = Field(default=0.0, ge=0, lt=1)
     """End when the share of moving pixels falls under this share of the base model's (`grpo`; likewise); 0 = never."""
+    subjects_below: float = Field(default=0.0, ge=0, lt=1)
+    """End when the share of subject pixels falls under this share of the base model's (`grpo`; likewise); 0 = never."""
     kl_above: float | None = Field(default=None, gt=0)
     """End when the distance to the base model that the log calls `kl` rises above this; null = never."""
     memory: int = Field(default=10, ge=1)
-    """Updates over which these three are averaged; none of them ends a run of fewer updates."""
+    """Updates over which these four are averaged; none of them ends a run of fewer updates."""
     seconds_above: float | None = Field(default=None, gt=0)
     """End with the update in which the updates of the run have taken this many seconds in all; null = never."""
 
@@ -93,10 +95,10 @@ class GRPOConfig(Section):
     invalid: Literal["worst", "drop"] = "worst"
     """A sample whose reward cannot be computed gets its group's worst advantage, or is left out."""
     base_travel_samples: int = Field(default=2, ge=0)
-    """Roll-outs of the base model per prompt that measure its own camera travel, once per prompt; 0 = off."""
+    """Roll-outs of the base model per prompt that measure its own camera travel and subjects, once; 0 = off."""
     collapse_warning: float = Field(default=0.5, ge=0, le=1)
-    """Warn when the mean camera travel or the share of moving pixels over 10 updates falls under this share of the base
-    model's; needs base_travel_samples; 0 = never."""
+    """Warn when the mean camera travel, or the share of moving or of subject pixels, over 10 updates falls under this
+    share of the base model's; needs base_travel_samples; 0 = never."""
     micro_batch: MicroBatchSize = 32
     """Replayed steps (videos x trained steps) per network call with gradient; "auto": as many as fit the memory."""
 
@@ -151,8 +153,9 @@ class DirectConfig(Section):
     """Clips per prompt."""
     grad_steps: int = Field(default=1, ge=1)
     """Last steps of the sampler that carry gradient; memory grows with them."""
-    kl: float = Field(default=1.0, ge=0)
-    """Weight of the squared distance to the base model's velocity (mean over the latents) in those steps."""
+    kl: float = Field(default=20.0, ge=0)
+    """Weight of the squared distance to the base model's velocity (mean over the latents) in those steps, against
+    rewards in units of their spread."""
     micro_batch: int = Field(default=4, ge=1)
     """Clips per backward pass."""
 

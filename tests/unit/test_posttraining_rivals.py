@@ -10,6 +10,7 @@ import json
 import signal
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -25,12 +26,13 @@ from vggrpo.errors import UserError
 from vggrpo.io.manifest import ManifestRow, write_manifest
 from vggrpo.io.video import write_video
 from vggrpo.models.wan import WanVideoModel
+from vggrpo.posttraining import direct as direct_module
 from vggrpo.posttraining import pairs as pairs_module
 from vggrpo.posttraining import train
 from vggrpo.posttraining.clips import clip_settings
 from vggrpo.posttraining.pairs import choose_pairs
 from vggrpo.posttraining.rgb_reader import RGBGeometry
-from vggrpo.rewards import camera_motion_smoothness
+from vggrpo.rewards import camera_motion_smoothness, get_reward
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "rival_losses.json"
 ALGORITHMS = ("sft", "dpo", "direct", "nft")
@@ -286,6 +288,23 @@ def test_a_reward_that_does_not_apply_to_the_prompts_does_not_switch_learning_of
     assert any(value.any() for key, value in adapter(tmp_path).items() if "lora_B" in key)
     if algorithm == "direct":
         assert row["samples/invalid"] == 0 and 0 < row["reward/camera_motion_smoothness"] <= 1
+
+
+@pytest.mark.parametrize(("mode", "matters"), [("decoupled", False), ("sum", True)])
+def test_the_unit_of_a_reward_does_not_matter_to_direct_training(tiny_wan_dir, tmp_path, monkeypatch, mode, matters):
+    def in_hundredths(name):
+        def reward(*args, **options):
+            found = get_reward(name)(*args, **options)
+            return replace(found, value=100 * found.value) if name == "camera_motion_smoothness" else found
+
+        return reward
+
+    overrides = [f"grpo.mode={mode}", "grpo.eps=1e-12", "direct.kl=0", "updates=1"]
+    run("direct", tiny_wan_dir, tmp_path / "one", *overrides)
+    monkeypatch.setattr(direct_module, "get_reward", in_hundredths)
+    run("direct", tiny_wan_dir, tmp_path / "other", *overrides)
+    norms = [rows(tmp_path / name)[0]["grad_norm"] for name in ("one", "other")]
+    assert (norms[1] == pytest.approx(norms[0], rel=1e-3)) is not matters
 
 
 def test_videos_whose_prompts_name_no_camera_move_are_kept_beside_those_that_do(tiny_wan_dir, tmp_path):

@@ -56,12 +56,14 @@ def test_every_arm_is_a_valid_config_of_the_same_budget(name, config, tmp_path):
     assert config != "tiny" or videos_of(quick) <= 4
 
 
-@pytest.mark.parametrize("arm", [ARMS["no-hinge"], FAR[1]])
-def test_an_arm_without_the_hinge_keeps_the_other_rewards_as_they_are(arm, tmp_path):
+@pytest.mark.parametrize("arm", [ARMS["no-hinge"], ARMS["no-presence"], FAR[1]])
+def test_an_arm_without_a_hinge_keeps_the_other_rewards_as_they_are(arm, tmp_path):
     ours = arm_config(ARMS["vggrpo"], Settings(), tmp_path, 0)
     found = arm_config(arm, Settings(), tmp_path, 0)
-    assert found.rewards == {name: term for name, term in ours.rewards.items() if name != "camera_motion_hinge"}
-    assert len(found.rewards) == len(ours.rewards) - 1 and any(term.options for term in found.rewards.values())
+    assert found.rewards == {name: term for name, term in ours.rewards.items() if name not in arm.without}
+    assert len(found.rewards) == len(ours.rewards) - len(arm.without) and any(
+        term.options for term in found.rewards.values()
+    )
     edited = Settings(overrides=("rewards.camera_motion_smoothness.options.eps_rotation=0.07",))
     assert arm_config(arm, edited, tmp_path, 0).rewards["camera_motion_smoothness"].options["eps_rotation"] == 0.07
 

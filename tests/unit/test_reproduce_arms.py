@@ -27,7 +27,7 @@ def test_the_embedded_recipe_has_a_use_for_every_arm():
 
 def test_an_arm_that_equals_another_is_left_out_and_refused_by_name(tmp_path):
     found = objections("rewards", WAN)  # no hinge, no options
-    assert found == {name: "it equals vggrpo in every field" for name in ("no-hinge", "paper-rewards")}
+    assert found == {name: "it equals vggrpo in every field" for name in ("no-hinge", "no-presence", "paper-rewards")}
     assert objections("geometry", WAN)["flow-masks"] == "it equals vggrpo in every field"  # by the default of `movers`
     left = [arm.name for arm in chosen_arms("rewards", (), WAN)]
     assert "vggrpo" in left and "no-kl" in left and not found.keys() & set(left)

@@ -1,4 +1,4 @@
-"""What the algorithms share: which items an update takes, clips of the current policy, and the base model's travel."""
+"""What the algorithms share: which items an update takes, clips of the current policy, and the base model's motion."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from vggrpo.config import RELATIVE_REWARDS
 from vggrpo.distributed import Processes
 from vggrpo.posttraining.algorithm import Context
 from vggrpo.posttraining.micro_batch import rollout_micro_batch
 from vggrpo.posttraining.scoring import measure_motion
+from vggrpo.posttraining.watch import BaseMotion
 from vggrpo.sampling.rollout import rollout
 from vggrpo.sampling.seeds import derive_seed
 
@@ -59,21 +61,21 @@ def sample_clips(context: Context, prompts: Sequence[str], seeds: Sequence[int])
     return at_once.run(len(seeds), device, lambda size: roll_out(micro_batch=size)).latents
 
 
-def measure_base_travel(context: Context, prompts: Sequence[str], known: dict[str, float]) -> None:
-    """Add the base model's camera travel for the prompts that `known` lacks, if the recipe asks for it.
+def measure_base_motion(context: Context, prompts: Sequence[str], known: dict[str, BaseMotion]) -> None:
+    """Add what the base model shows for the prompts that `known` lacks, if a reward asks for it.
 
     Every process measures all of them: they are few, once per prompt.
     """
     samples = context.config.grpo.base_travel_samples
     new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]
-    if not new or not samples or "camera_motion_hinge" not in context.config.rewards:
+    if not new or not samples or not set(RELATIVE_REWARDS) & set(context.config.rewards):
         return
     assert context.lgm is not None
     jobs = [(p, derive_seed(context.config.seed, "base", p, k)) for p in new for k in range(samples)]
     with context.policy.reference():
         latents = sample_clips(context, [prompt for prompt, _ in jobs], [seed for _, seed in jobs])
-    travel = measure_motion(context.lgm, latents, context.config.lgm.micro_batch)[0].view(len(new), samples)
-    known.update(zip(new, travel.nanmean(dim=1).tolist(), strict=True))
+    motion = measure_motion(context.lgm, latents, context.config.lgm.micro_batch).view(3, len(new), samples)
+    known.update(zip(new, map(BaseMotion._make, motion.nanmean(dim=2).T.tolist()), strict=True))
 
 
 def share_of(context: Context, count: int) -> range:

@@ -29,8 +29,9 @@ from vggrpo.io.manifest import ManifestRow, read_manifest
 from vggrpo.io.video import read_video
 from vggrpo.posttraining.advantage import asked_rewards, group_advantages, judged_samples
 from vggrpo.posttraining.algorithm import Context
-from vggrpo.posttraining.batches import measure_base_travel, sample_clips
+from vggrpo.posttraining.batches import measure_base_motion, sample_clips
 from vggrpo.posttraining.scoring import reward_weights, score_latents
+from vggrpo.posttraining.watch import BaseMotion
 from vggrpo.sampling.seeds import derive_seed
 
 
@@ -225,11 +226,11 @@ def clip_merit(
     """How good each clip is among these (normalised rewards, averaged), whether it could be judged by all rewards that
     have a say among them, and the raw rewards by name."""
     assert context.lgm is not None
-    travel: dict[str, float] = {}
-    measure_base_travel(context, prompts, travel)
+    base: dict[str, BaseMotion] = {}
+    measure_base_motion(context, prompts, base)
     config = context.config
     scores = score_latents(
-        context.lgm, latents, config.rewards, prompts=prompts, base_travel=travel, micro_batch=config.lgm.micro_batch
+        context.lgm, latents, config.rewards, prompts=prompts, base=base, micro_batch=config.lgm.micro_batch
     )
     values, valid = scores.values.cpu(), scores.valid.cpu()
     values = torch.where(valid, values, torch.nan)

@@ -3,9 +3,11 @@
     loss = - mean_k r( z_0(theta) )  +  kl * mean over the last steps of |v - v_base|^2 / dims
 
 The first steps run without gradient, the last `direct.grad_steps` with it (truncation). r is the weighted mean of the
-configured rewards; one that cannot be computed for a clip, or weighs 0, has no part in that clip's r. (Clips are not
-compared, so a reward that does not apply to a prompt needs no group to be told.) A clip without any reward has no part
-in the update and is counted.
+configured rewards, each in units of its own spread over clips (a running standard deviation), as GRPO normalises each
+by itself: as they are, the motion reward, which spreads fifteen times as wide, would leave the geometry reward no say.
+With `grpo.mode: sum` they are added as they are. One that cannot be computed for a clip, or weighs 0, has no part in
+that clip's r. (Clips are not compared, so a reward that does not apply to a prompt needs no group to be told.) A clip
+without any reward has no part in the update and is counted.
 """
 
 from __future__ import annotations
@@ -18,14 +20,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vggrpo.posttraining.algorithm import Context
-from vggrpo.posttraining.batches import items_of, latent_shape, measure_base_travel, share_of
+from vggrpo.posttraining.batches import items_of, latent_shape, measure_base_motion, share_of
 from vggrpo.posttraining.forward_losses import velocity_error
-from vggrpo.rewards import RewardContext, get_reward
+from vggrpo.posttraining.watch import BaseMotion, reward_context
+from vggrpo.rewards import get_reward
 from vggrpo.sampling.first_frame import acted_frames, pin_first_frame
 from vggrpo.sampling.flow_sde import ode_step
 from vggrpo.sampling.rollout import guided_velocity
 from vggrpo.sampling.seeds import derive_seed, seeded_noise
 from vggrpo.tracking import Stopwatch
+
+MEMORY = 0.9
+"""Share of a reward's running variance that an update leaves."""
 
 
 class Direct:
@@ -38,15 +44,17 @@ class Direct:
         sampling, model = context.config.sampling, context.model
         self.sigmas = model.sigmas(sampling.num_steps, sampling.shift).to(model.device)
         self.shape = latent_shape(context)
-        self.base_travel: dict[str, float] = {}
+        self.base: dict[str, BaseMotion] = {}
+        self.variance: dict[str, float] = {}  # of each reward over clips; empty before the first update
 
     def state(self) -> dict[str, Any]:
-        """The base model's travel by prompt."""
-        return {"base_travel": self.base_travel}
+        """What the base model shows by prompt, and how widely each reward spreads."""
+        return {"base_motion": self.base, "variance": self.variance}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Put back what `state` gave."""
-        self.base_travel = dict(state["base_travel"])
+        self.base = {prompt: BaseMotion(*values) for prompt, values in state["base_motion"].items()}
+        self.variance = dict(state["variance"])
 
     def update(self, number: int, watch: Stopwatch) -> dict[str, float]:
         """One optimizer step on fresh clips of the policy."""
@@ -58,15 +66,13 @@ class Direct:
             for i in share_of(context, count)
         ]
         with watch.stage("base_motion"):
-            measure_base_travel(context, [context.prompts[i] for i in chosen], self.base_travel)
-        sums: dict[str, Tensor] = {}
+            measure_base_motion(context, [context.prompts[i] for i in chosen], self.base)
+        if not self.variance:
+            with watch.stage("spread"), torch.no_grad():
+                self._observe(self._over_clips(jobs, count))
         with watch.stage("backward"):
-            for start in range(0, len(jobs), settings.micro_batch):
-                part = jobs[start : start + settings.micro_batch]
-                for name, value in self._backward(part, count).items():
-                    sums[name] = sums.get(name, torch.zeros_like(value)) + value
-        totals = context.processes.sum(torch.stack([sums[name] for name in sorted(sums)]))
-        total = dict(zip(sorted(sums), totals.tolist(), strict=True))
+            total = self._over_clips(jobs, count)
+        self._observe(total)
         with watch.stage("optimizer"):
             norm = context.policy.step(number, loss=total["loss"])
         known = {name: total[f"known/{name}"] for name in self.context.config.rewards}
@@ -80,24 +86,47 @@ class Direct:
             "videos": float(count),
         }
 
-    def _backward(self, jobs: list[tuple[str, int]], count: int) -> dict[str, Tensor]:
-        """Accumulate the gradient of a few clips; sums over them, for the log."""
+    def _over_clips(self, jobs: list[tuple[str, int]], count: int) -> dict[str, float]:
+        """Sums over the clips of all processes; with gradients on, theirs are accumulated on the way."""
+        sums: dict[str, Tensor] = {}
+        for start in range(0, len(jobs), self.settings.micro_batch):
+            for name, value in self._some_clips(jobs[start : start + self.settings.micro_batch], count).items():
+                sums[name] = sums.get(name, torch.zeros_like(value)) + value
+        totals = self.context.processes.sum(torch.stack([sums[name] for name in sorted(sums)]))
+        return dict(zip(sorted(sums), totals.tolist(), strict=True))
+
+    def _observe(self, total: dict[str, float]) -> None:
+        """Take the rewards' variance over these clips into the running one."""
+        for name in self.context.config.rewards:
+            known = max(total[f"known/{name}"], 1.0)
+            now = max(total[f"square/{name}"] / known - (total[f"reward/{name}"] / known) ** 2, 0.0)
+            self.variance[name] = MEMORY * self.variance.get(name, now) + (1 - MEMORY) * now
+
+    def _unit(self, name: str) -> float:
+        """What a reward is divided by; 1 for one that told no two clips apart."""
+        grpo, variance = self.context.config.grpo, self.variance.get(name, 0.0)
+        return math.sqrt(variance) + grpo.eps if variance > 0 and grpo.mode == "decoupled" else 1.0
+
+    def _some_clips(self, jobs: list[tuple[str, int]], count: int) -> dict[str, Tensor]:
+        """Sums over a few clips, for the log; with gradients on, theirs are accumulated."""
         prompts = [prompt for prompt, _ in jobs]
         latents, kl = self._sample(prompts, [seed for _, seed in jobs])
         assert self.context.lgm is not None
         prediction = self.context.lgm(latents)
-        context = RewardContext(prompts, self.base_travel)
+        context = reward_context(prompts, self.base)
         terms = self.context.config.rewards
         weights = sum(term.weight for term in terms.values())
         values = {n: get_reward(n)(prediction, context=context, **t.options).value for n, t in terms.items()}
         known = {name: value.detach().isfinite() for name, value in values.items()}
         safe = {name: torch.where(known[name], value, torch.zeros_like(value)) for name, value in values.items()}
         weighed = [name for name in terms if terms[name].weight > 0]
-        total = torch.stack([terms[name].weight / weights * safe[name] for name in weighed]).sum(0)
+        total = torch.stack([terms[n].weight / weights / self._unit(n) * safe[n] for n in weighed]).sum(0)
         ok = torch.stack([known[name] for name in weighed]).any(0)
         loss = -total + self.settings.kl * kl
-        (loss.sum() / count).backward()
+        if torch.is_grad_enabled():
+            (loss.sum() / count).backward()
         sums = {f"reward/{name}": value.detach().sum() for name, value in safe.items()}
+        sums |= {f"square/{name}": value.detach().square().sum() for name, value in safe.items()}
         sums |= {f"known/{name}": mask.sum() for name, mask in known.items()}
         return {n: v.double() for n, v in {**sums, "loss": loss.detach().sum(), "kl": kl.detach().sum(),
                                            "valid": ok.sum()}.items()}  # fmt: skip

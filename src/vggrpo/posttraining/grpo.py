@@ -25,7 +25,7 @@ from vggrpo.posttraining.batches import items_of
 from vggrpo.posttraining.micro_batch import replay_micro_batch, rollout_micro_batch
 from vggrpo.posttraining.replay import OldPolicy, Replayer, ReplayStatistics, all_transitions, inner_parts
 from vggrpo.posttraining.scoring import Scores, measure_motion, reward_weights, score_latents
-from vggrpo.posttraining.watch import MotionWatch, reward_metrics
+from vggrpo.posttraining.watch import BaseMotion, MotionWatch, reward_metrics
 from vggrpo.sampling.rollout import NoiseSettings, Trajectory, choose_window, rollout
 from vggrpo.sampling.seeds import derive_seed
 from vggrpo.tracking import Stopwatch
@@ -74,7 +74,7 @@ class GRPO:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Put back what `state` gave."""
-        self.motion.base = {prompt: (travel, share) for prompt, (travel, share) in state["base_motion"].items()}
+        self.motion.base = {prompt: BaseMotion(*values) for prompt, values in state["base_motion"].items()}
         self.motion.recent = state["recent_motion"]
         self.recompute_old, self.ratio_checked = state["recompute_old"], state["ratio_checked"]
         self.at_once.found, self.replayer.micro_batch.found = state.get("micro_batches", (None, None))
@@ -116,7 +116,11 @@ class GRPO:
         watched = {name: self.processes.gather(value).cpu() for name, value in scores.watched.items()}
         metrics = reward_metrics(list(self.config.rewards), values, valid, group, watched)
         metrics |= self.motion.metrics(
-            [self.prompts[i] for i in chosen], metrics["camera_travel"], metrics["dynamic_share"], number
+            [self.prompts[i] for i in chosen],
+            metrics["camera_travel"],
+            metrics["dynamic_share"],
+            metrics["subject_share"],
+            number,
         )
         metrics |= {"groups/skipped": float((~active).sum()), "videos": float(count)}
         return metrics | statistics
@@ -208,9 +212,8 @@ class GRPO:
                 slots=list(range(len(seeds))),
             ).latents
         motion = measure_motion(self.lgm, latents, self.config.lgm.micro_batch)
-        motion = (self.processes.gather(motion) if divides else motion).view(2, len(new), samples).nanmean(dim=2)
-        for prompt, travel, share in zip(new, *motion.tolist(), strict=True):
-            self.motion.base[prompt] = (travel, share)
+        motion = (self.processes.gather(motion) if divides else motion).view(3, len(new), samples).nanmean(dim=2)
+        self.motion.base.update(zip(new, map(BaseMotion._make, motion.T.tolist()), strict=True))
 
     def _score(self, latents: Tensor, prompts: Sequence[str]) -> Scores:
         return score_latents(
@@ -218,7 +221,7 @@ class GRPO:
             latents,
             self.config.rewards,
             prompts=prompts,
-            base_travel={prompt: travel for prompt, (travel, _) in self.motion.base.items()},
+            base=self.motion.base,
             micro_batch=self.config.lgm.micro_batch,
         )
 

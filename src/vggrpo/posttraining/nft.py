@@ -23,11 +23,11 @@ from torch import Tensor
 
 from vggrpo.posttraining.advantage import asked_rewards, group_advantages, judged_samples
 from vggrpo.posttraining.algorithm import Context
-from vggrpo.posttraining.batches import items_of, measure_base_travel, sample_clips, share_of
+from vggrpo.posttraining.batches import items_of, measure_base_motion, sample_clips, share_of
 from vggrpo.posttraining.forward_losses import drawn_times, network_input, nft_loss, optimality_of, velocity_error
 from vggrpo.posttraining.scoring import reward_weights, score_latents
 from vggrpo.posttraining.sft import FINE
-from vggrpo.posttraining.watch import reward_metrics
+from vggrpo.posttraining.watch import BaseMotion, reward_metrics
 from vggrpo.sampling.seeds import derive_seed, seeded_noise
 from vggrpo.tracking import Stopwatch
 
@@ -51,15 +51,15 @@ class NFT:
     def __init__(self, context: Context) -> None:
         self.context, self.settings = context, context.config.nft
         self.sigmas = context.model.sigmas(FINE, context.config.sampling.shift)
-        self.base_travel: dict[str, float] = {}
+        self.base: dict[str, BaseMotion] = {}
 
     def state(self) -> dict[str, Any]:
-        """The base model's travel by prompt."""
-        return {"base_travel": self.base_travel}
+        """What the base model shows by prompt."""
+        return {"base_motion": self.base}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Put back what `state` gave."""
-        self.base_travel = dict(state["base_travel"])
+        self.base = {prompt: BaseMotion(*values) for prompt, values in state["base_motion"].items()}
 
     def update(self, number: int, watch: Stopwatch) -> dict[str, float]:
         """Sample, score, and take `nft.inner_updates` optimizer steps."""
@@ -95,12 +95,12 @@ class NFT:
         mine = share_of(context, count)
         prompts = [context.prompts[chosen[i // size]] for i in mine]
         with watch.stage("base_motion"):
-            measure_base_travel(context, [context.prompts[i] for i in chosen], self.base_travel)
+            measure_base_motion(context, [context.prompts[i] for i in chosen], self.base)
         with watch.stage("rollout"), self._old_policy():
             latents = sample_clips(context, prompts, [derive_seed(config.seed, "clip", number, i) for i in mine])
         assert context.lgm is not None
         with watch.stage("reward"):
-            scores = score_latents(context.lgm, latents, config.rewards, prompts=prompts, base_travel=self.base_travel,
+            scores = score_latents(context.lgm, latents, config.rewards, prompts=prompts, base=self.base,
                                    micro_batch=config.lgm.micro_batch)  # fmt: skip
         gather = context.processes.gather
         values, valid = gather(scores.values).cpu(), gather(scores.valid.float()).cpu() > 0

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from vggrpo.config import RewardTerm
 from vggrpo.geometry import GeometryPrediction
-from vggrpo.rewards import RewardContext, camera_travel, get_reward
+from vggrpo.posttraining.watch import BaseMotion, reward_context
+from vggrpo.rewards import RewardContext, camera_travel, get_reward, subject_share
 from vggrpo.rewards.registry import check_options
 
 GeometryReader = Callable[[Float[Tensor, "B C T H W"]], GeometryPrediction]
@@ -24,8 +25,8 @@ class Scores:
     Attributes:
         values: (R, N), NaN where invalid.
         valid: (R, N).
-        watched: quantities (N,) that are logged, NaN where unknown: `camera_travel`, `dynamic_share`, and the rewards'
-            own terms.
+        watched: quantities (N,) that are logged, NaN where unknown: `camera_travel`, `dynamic_share`, `subject_share`,
+            and the rewards' own terms.
     """
 
     values: Float[Tensor, "R N"]
@@ -51,7 +52,7 @@ def score_latents(
     terms: Mapping[str, RewardTerm],
     *,
     prompts: Sequence[str],
-    base_travel: Mapping[str, float],
+    base: Mapping[str, BaseMotion],
     micro_batch: int,
 ) -> Scores:
     """All rewards of N clips, `micro_batch` at a time.
@@ -61,13 +62,11 @@ def score_latents(
         latents: clean, normalised.
         terms: the configured rewards.
         prompts: one a clip.
-        base_travel: the base model's camera travel by prompt; empty if it is not measured.
+        base: what the base model shows by prompt; empty if it is not measured.
         micro_batch: clips per call.
     """
     parts = [
-        _score_chunk(
-            lgm, chunk, terms, RewardContext(list(prompts)[i * micro_batch : i * micro_batch + len(chunk)], base_travel)
-        )
+        _score_chunk(lgm, chunk, terms, reward_context(prompts[i * micro_batch : i * micro_batch + len(chunk)], base))
         for i, chunk in enumerate(latents.split(micro_batch))
     ]
     return Scores(
@@ -78,24 +77,24 @@ def score_latents(
 
 
 @torch.no_grad()
-def measure_motion(lgm: GeometryReader, latents: Float[Tensor, "N C T H W"], micro_batch: int) -> Float[Tensor, "2 N"]:
-    """Camera travel and share of moving pixels of each clip, NaN where its geometry is broken or does not tell."""
+def measure_motion(lgm: GeometryReader, latents: Float[Tensor, "N C T H W"], micro_batch: int) -> Float[Tensor, "3 N"]:
+    """Camera travel, shares of moving and of subject pixels of each clip, NaN where its geometry is broken or does not
+    tell."""
     return torch.cat([torch.stack(_motion(lgm(chunk))) for chunk in latents.split(micro_batch)], dim=1)
 
 
-def _motion(prediction: GeometryPrediction) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
+def _motion(prediction: GeometryPrediction) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"], Float[Tensor, " N"]]:
     travel = camera_travel(prediction)
     moving = prediction.dynamic_mask
     share = torch.full_like(travel, torch.nan) if moving is None else moving.flatten(1).to(travel).mean(dim=1)
-    return travel, share
+    return travel, share, subject_share(prediction)
 
 
 def _score_chunk(
     lgm: GeometryReader, latents: Tensor, terms: Mapping[str, RewardTerm], context: RewardContext
 ) -> Scores:
     prediction = lgm(latents)
-    travel, share = _motion(prediction)
-    watched = {"camera_travel": travel, "dynamic_share": share}
+    watched = dict(zip(("camera_travel", "dynamic_share", "subject_share"), _motion(prediction), strict=True))
     values, valid = [], []
     for name, term in terms.items():
         reward = get_reward(name)(prediction, context=context, **term.options)

@@ -18,7 +18,7 @@ from vggrpo.io.prompts import read_prompts
 from vggrpo.models.base import VideoModel
 from vggrpo.posttraining.algorithm import Context
 from vggrpo.posttraining.scoring import measure_motion, score_latents
-from vggrpo.posttraining.watch import mean_of
+from vggrpo.posttraining.watch import BaseMotion, mean_of
 from vggrpo.sampling.generate import solve, video_seed
 
 
@@ -40,7 +40,7 @@ class Validation:
 
     def __init__(self, context: Context, prompts: Sequence[str]) -> None:
         self.context, self.prompts, self.settings = context, list(prompts), context.config.validation
-        self._base_travel: dict[str, float] | None = None
+        self._base: dict[str, BaseMotion] | None = None
 
     def due(self, number: int) -> bool:
         """Whether to validate before update `number`."""
@@ -50,26 +50,26 @@ class Validation:
     def run(self) -> tuple[dict[str, float], list[UInt8[Tensor, "T H W 3"]]]:
         """Mean rewards and motion of the fixed videos, and the first of them."""
         context, config = self.context, self.context.config
-        if context.lgm is not None and self._base_travel is None:
+        if context.lgm is not None and self._base is None:
             with context.policy.reference():
                 motion = measure_motion(context.lgm, self._sample(), config.lgm.micro_batch)
-            self._base_travel = dict(zip(self.prompts, motion[0].tolist(), strict=True))
+            self._base = dict(zip(self.prompts, map(BaseMotion._make, motion.T.tolist()), strict=True))
         with context.policy.averaged():
             latents = self._sample()
         metrics: dict[str, float] = {}
         if context.lgm is not None:
-            assert self._base_travel is not None
+            assert self._base is not None
             scores = score_latents(
                 context.lgm,
                 latents,
                 config.rewards,
                 prompts=self.prompts,
-                base_travel=self._base_travel,
+                base=self._base,
                 micro_batch=config.lgm.micro_batch,
             )
             metrics = {f"reward/{name}": mean_of(v) for name, v in zip(config.rewards, scores.values, strict=True)}
             metrics |= {name: mean_of(value) for name, value in scores.watched.items()}
-            metrics["camera_travel_base"] = mean_of(torch.tensor(list(self._base_travel.values())))
+            metrics["camera_travel_base"] = BaseMotion.mean(list(self._base.values())).travel
         return metrics, [_frames(context.model, latent) for latent in latents[: self.settings.videos]]
 
     def _sample(self) -> Float[Tensor, "P C T H W"]:

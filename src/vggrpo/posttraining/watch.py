@@ -1,8 +1,8 @@
 """What is watched beside the loss: rewards, their spread, and whether the videos stand still.
 
-The cheapest consistent world is an empty, still one. So the camera's travel and the share of moving pixels are measured
-on the base model too, once per prompt and with the same sampler, and a run whose motion falls far below warns. A
-`StopRule` goes further and ends the run.
+The cheapest consistent world is an empty, still one. So the camera's travel and the shares of moving and of subject
+pixels are measured on the base model too, once per prompt and with the same sampler, and a run in which one of them
+falls far below warns. A `StopRule` goes further and ends the run.
 """
 
 from __future__ import annotations
@@ -10,17 +10,41 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vggrpo.config_algorithms import StopConfig
+from vggrpo.rewards import RewardContext
 
 logger = logging.getLogger(__name__)
 MEMORY = 10
 """Updates over which motion is averaged before it is judged."""
+
+
+class BaseMotion(NamedTuple):
+    """What the base model's videos of a prompt show: camera travel, shares of pixels that move and of subjects; NaN
+    where it is not known."""
+
+    travel: float = math.nan
+    moving: float = math.nan
+    subjects: float = math.nan
+
+    @classmethod
+    def mean(cls, several: Sequence[BaseMotion]) -> BaseMotion:
+        """Mean of what is known of each."""
+        return cls(*(mean_of(torch.tensor(values)) for values in zip(*several, strict=True)))
+
+
+def reward_context(prompts: Sequence[str], base: Mapping[str, BaseMotion]) -> RewardContext:
+    """What rewards may ask about clips of these prompts."""
+    return RewardContext(
+        list(prompts),
+        {prompt: motion.travel for prompt, motion in base.items()},
+        {prompt: motion.subjects for prompt, motion in base.items()},
+    )
 
 
 class MotionWatch:
@@ -32,38 +56,45 @@ class MotionWatch:
 
     def __init__(self, floor: float) -> None:
         self.floor = floor
-        self.base: dict[str, tuple[float, float]] = {}  # prompt -> (camera travel, share of moving pixels)
+        self.base: dict[str, BaseMotion] = {}
         self.recent: list[list[float]] = []
 
-    def metrics(self, prompts: Sequence[str], travel: float, share: float, number: int) -> dict[str, float]:
+    def metrics(
+        self, prompts: Sequence[str], travel: float, moving: float, subjects: float, number: int
+    ) -> dict[str, float]:
         """The log's numbers of one update, and the warning when it is due.
 
         Args:
             prompts: of the update.
             travel: mean camera travel of its videos.
-            share: mean share of moving pixels, NaN where the geometry model does not tell.
+            moving, subjects: mean shares of pixels that move and of subjects, NaN where the geometry model does not
+                tell.
             number: of the update.
         """
-        known = [self.base.get(prompt, (math.nan, math.nan)) for prompt in prompts]
-        base_travel, base_share = (mean_of(torch.tensor([pair[i] for pair in known])) for i in range(2))
-        ratios = [_ratio(travel, base_travel), _ratio(share, base_share)]
+        base = BaseMotion.mean([self.base.get(prompt, BaseMotion()) for prompt in prompts])
+        ratios = [_ratio(now, before) for now, before in zip((travel, moving, subjects), base, strict=True)]
         self.recent = [*self.recent, ratios][-MEMORY:]
         if self.floor > 0 and len(self.recent) == MEMORY and (number + 1) % MEMORY == 0:
             for name, column in zip(
-                ("camera travel", "share of moving pixels"), zip(*self.recent, strict=True), strict=True
+                ("camera travel", "share of moving pixels", "share of subject pixels"),
+                zip(*self.recent, strict=True),
+                strict=True,
             ):
                 average = mean_of(torch.tensor(column))
                 if average < self.floor:
                     logger.warning(
-                        "the %s fell to %.0f %% of the base model's over the last %d updates: the videos come to a "
-                        "standstill; raise grpo.kl, or add the reward camera_motion_hinge",
+                        "the %s fell to %.0f %% of the base model's over the last %d updates: the videos empty or come "
+                        "to a standstill; raise grpo.kl, or add the rewards camera_motion_hinge and "
+                        "subject_presence_hinge",
                         name, 100 * average, MEMORY,
                     )  # fmt: skip
         return {
-            "camera_travel_base": base_travel,
-            "dynamic_share_base": base_share,
+            "camera_travel_base": base.travel,
+            "dynamic_share_base": base.moving,
+            "subject_share_base": base.subjects,
             "camera_travel_ratio": ratios[0],
             "dynamic_share_ratio": ratios[1],
+            "subject_share_ratio": ratios[2],
         }
 
 
@@ -79,6 +110,7 @@ class StopRule:
     WATCHED: ClassVar[dict[str, tuple[str, str, bool]]] = {
         "camera_travel_ratio": ("travel_below", "the camera travel relative to the base model", True),
         "dynamic_share_ratio": ("dynamics_below", "the share of moving pixels relative to the base model", True),
+        "subject_share_ratio": ("subjects_below", "the share of subject pixels relative to the base model", True),
         "kl": ("kl_above", "the KL to the base model", False),
     }
 

@@ -71,8 +71,8 @@ def why_not(arm: Arm, settings: Settings) -> str | None:
             "it cannot run: the embedded geometry model reads frames of the embedded world only; name one with --set "
             "reward.geometry=DIR"
         )
-    wanting = [name for name, term in config.rewards.items()
-               if name == "subject_rigidity" or term.options.get("movers") == "subject"]  # fmt: skip
+    asking = ("subject_rigidity", "subject_presence_hinge")
+    wanting = [n for n, term in config.rewards.items() if n in asking or term.options.get("movers") == "subject"]
     if wanting and owner.lgm is None and not predicts_subjects(config):
         return f"it cannot run: {wanting[0]} needs a geometry model with subject masks, and this recipe's has none"
     return None

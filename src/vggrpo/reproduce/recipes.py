@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from vggrpo.config import TrainConfig
 
 _MOTION, _GEOMETRY = "camera_motion_smoothness", "geometry_reprojection_consistency"
-_HINGE = "camera_motion_hinge"
+_HINGE, _PRESENCE = "camera_motion_hinge", "subject_presence_hinge"
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ RIVALS = (
 FAR = (
     Arm("far", "the recipe, trained far past its end", ()),
     # A KL of weight 0 would not be measured; this one is, and does not act.
-    Arm("far-bare", "the same without KL and hinge", ("grpo.kl=1e-9",), without=(_HINGE,)),
+    Arm("far-bare", "the same without KL and hinges", ("grpo.kl=1e-9",), without=(_HINGE, _PRESENCE)),
 )
 """Arms of the study of reward hacking."""
 LGM_RECIPE = Arm("lgm-recipe", "an LGM by the short recipe: rendered and generated clips, a view per latent frame",
@@ -120,7 +120,8 @@ TABLES: dict[str, Table] = {
             Arm("summed", "one normalisation of the summed rewards", ("grpo.mode=sum",)),
             Arm("no-kl", "no KL to the base model", ("grpo.kl=0",)),
             Arm("no-hinge", "no hinge on the camera's travel", (), without=(_HINGE,)),
-            Arm("paper-rewards", "the paper's two rewards with their default options, no hinge",
+            Arm("no-presence", "no hinge on the share of subjects", (), without=(_PRESENCE,)),
+            Arm("paper-rewards", "the paper's two rewards with their default options, no hinges",
                 (f"rewards={{{_MOTION}: 1.0, {_GEOMETRY}: 1.0}}",)),
             Arm("half-groups", "K halved, as many videos in all", (), group=0.5),
             Arm("double-groups", "K doubled, as many videos in all", (), group=2.0),

@@ -6,6 +6,7 @@ reward(prediction, *, context=None, **options) -> Reward(value (B,), terms {name
 from vggrpo.rewards.adherence import camera_adherence
 from vggrpo.rewards.base import Reward, RewardContext, RewardFunction
 from vggrpo.rewards.camera_motion import camera_motion_smoothness
+from vggrpo.rewards.presence import subject_presence_hinge, subject_share
 from vggrpo.rewards.registry import REWARDS, get_reward
 from vggrpo.rewards.reprojection import geometry_reprojection_consistency
 from vggrpo.rewards.rigidity import subject_rigidity
@@ -22,5 +23,7 @@ __all__ = [
     "camera_travel",
     "geometry_reprojection_consistency",
     "get_reward",
+    "subject_presence_hinge",
     "subject_rigidity",
+    "subject_share",
 ]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float
@@ -35,6 +35,9 @@ class Reward:
     valid: Bool[Tensor, " B"]
 
 
+PerClip: TypeAlias = Float[Tensor, " B"] | Mapping[str, float]
+
+
 @dataclass(frozen=True)
 class RewardContext:
     """What a reward may need beside geometry.
@@ -43,25 +46,34 @@ class RewardContext:
         prompts: one a clip.
         base_travel: `camera_travel` of the untouched base model: either one number a clip, (B,), or a mapping from
             prompt to number, looked up through `prompts`.
+        base_subjects: its `subject_share`, likewise.
     """
 
     prompts: tuple[str, ...] | list[str] = ()
-    base_travel: Float[Tensor, " B"] | Mapping[str, float] = field(default_factory=dict)
+    base_travel: PerClip = field(default_factory=dict)
+    base_subjects: PerClip = field(default_factory=dict)
 
     def base_travel_of(self, like: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
         """The base model's travel of each clip, on the device and in the dtype of `like` (B,)."""
-        travel = self.base_travel
-        if not isinstance(travel, Tensor):
-            unknown = sorted(set(self.prompts) - set(travel))
+        return self._of_clips("base_travel", like)
+
+    def base_subjects_of(self, like: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
+        """The base model's share of subject pixels of each clip, likewise."""
+        return self._of_clips("base_subjects", like)
+
+    def _of_clips(self, name: str, like: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
+        known: PerClip = getattr(self, name)
+        if not isinstance(known, Tensor):
+            unknown = sorted(set(self.prompts) - set(known))
             if unknown:
-                raise UserError(f"base_travel lacks {unknown[0]!r}: measure the base model on every prompt first")
-            travel = torch.tensor([travel[prompt] for prompt in self.prompts])
-        if travel.shape != like.shape:
+                raise UserError(f"{name} lacks {unknown[0]!r}: measure the base model on every prompt first")
+            known = torch.tensor([known[prompt] for prompt in self.prompts])
+        if known.shape != like.shape:
             raise UserError(
-                f"base_travel: expected one number a clip, {tuple(like.shape)}, got {tuple(travel.shape)}; "
-                "give the context one prompt (or one travel) a clip"
+                f"{name}: expected one number a clip, {tuple(like.shape)}, got {tuple(known.shape)}; "
+                "give the context one prompt (or one number) a clip"
             )
-        return travel.to(like)
+        return known.to(like)
 
 
 RewardFunction = Callable[..., Reward]

@@ -22,6 +22,7 @@ from vggrpo.errors import UserError
 from vggrpo.rewards.adherence import camera_adherence
 from vggrpo.rewards.base import RewardFunction
 from vggrpo.rewards.camera_motion import camera_motion_smoothness
+from vggrpo.rewards.presence import subject_presence_hinge
 from vggrpo.rewards.reprojection import geometry_reprojection_consistency
 from vggrpo.rewards.rigidity import subject_rigidity
 from vggrpo.rewards.travel import camera_motion_hinge
@@ -31,6 +32,7 @@ REWARDS: dict[str, RewardFunction] = {
     "camera_motion_smoothness": camera_motion_smoothness,
     "geometry_reprojection_consistency": geometry_reprojection_consistency,
     "camera_motion_hinge": camera_motion_hinge,
+    "subject_presence_hinge": subject_presence_hinge,
     "camera_adherence": camera_adherence,
     "subject_rigidity": subject_rigidity,
 }
