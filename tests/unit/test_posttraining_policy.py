@@ -19,7 +19,7 @@ from vggrpo.models.wan import WanVideoModel
 from vggrpo.posttraining import clipped_policy_loss, gaussian_kl
 from vggrpo.posttraining.conditions import Conditions
 from vggrpo.posttraining.policy import Policy
-from vggrpo.posttraining.watch import MEMORY, MotionWatch
+from vggrpo.posttraining.watch import MEMORY, BaseMotion, MotionWatch
 from vggrpo.tracking import Tracker
 
 FULL = ["model.tune=full", "optim.learning_rate=1e-4"]
@@ -115,12 +115,13 @@ def test_cached_text_equals_the_encoder(tiny_wan_dir, tmp_path):
 
 def test_a_standstill_is_warned_of(caplog):
     watch = MotionWatch(0.5)
-    watch.base = {"a": (2.0, 0.4)}
+    watch.base = {"a": BaseMotion(2.0, 0.4, 0.3)}
     for number in range(MEMORY - 1):
-        assert watch.metrics(["a"], 0.4, 0.4, number)["camera_travel_ratio"] == pytest.approx(0.2)
+        assert watch.metrics(["a"], 0.4, 0.4, 0.1, number)["camera_travel_ratio"] == pytest.approx(0.2)
         assert not caplog.text
-    watch.metrics(["a"], 0.4, 0.4, MEMORY - 1)
+    watch.metrics(["a"], 0.4, 0.4, 0.1, MEMORY - 1)
     assert "camera travel fell to 20 %" in caplog.text and "moving pixels" not in caplog.text
+    assert "share of subject pixels fell to 33 %" in caplog.text
 
 
 def test_videos_and_numbers_reach_every_tracker(tmp_path, monkeypatch):

@@ -62,7 +62,7 @@ def test_a_given_frame_is_neither_scored_nor_pulled(tmp_path):
 def test_a_flat_group_is_not_replayed(tiny_wan_dir, tmp_path, monkeypatch):
     grpo = grpo_of(tiny_wan_dir, tmp_path)
     values = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0, 1.0, 2.0, 4.0]).expand(3, 8)
-    watched = {"camera_travel": values[0], "dynamic_share": values[0]}
+    watched = dict.fromkeys(("camera_travel", "dynamic_share", "subject_share"), values[0])
     monkeypatch.setattr(grpo, "_score", lambda *_: Scores(values, torch.ones_like(values) > 0, watched))
     backward, replayed, totals = Replayer.backward, [], []
 
