@@ -31,7 +31,7 @@ from vggrpo.rewards.registry import audited_options
 from vggrpo.sampling.generate import generate_videos
 from vggrpo.world import sample_prompts
 
-PROMPTS, SEEDS, STEPS = 24, (0, 1), 20
+PROMPTS, SEEDS, STEPS = 48, (0, 1), 20
 GUIDANCE = 1.0  # none, as in the roll-outs: what was trained is what is shown
 PROMPT_SEED = 2026
 ARMS = ("base", "tuned")

@@ -58,12 +58,12 @@ def mark(value):
 
 def study():
     log = {"camera_travel_ratio": [1.0, 0.9, 0.7, 0.5], "dynamic_share_ratio": [1.0, None, 1.0, 0.9],
-           "kl": [0.0, 0.001, 0.002, 0.02]}  # fmt: skip
+           "subject_share_ratio": [1.0, 0.9, 0.9, 0.6], "kl": [0.0, 0.001, 0.002, 0.02]}  # fmt: skip
     turned = {name: {"best": 2, "crossed": None} for name in hacking.MEASURED}
     turned["epipolar_inliers"] = {"best": 2, "crossed": 4}
     found = {"about": "far", "marks": [2, 4], "log": log,
              "sets": {"world-static": {"marks": [mark(0.6), mark(0.4)], "turned": turned}}}  # fmt: skip
-    limits = {"camera travel": 0.8, "share of moving pixels": 0.8, "KL": 0.005}
+    limits = {"camera travel": 0.8, "share of moving pixels": 0.8, "share of subject pixels": 0.8, "KL": 0.005}
     found["watches"] = watches(found, limits, 1)
     found["log_at_marks"] = hacking.log_at(log, [2, 4], 2)
     found["first"] = first_to_see(found["watches"])
@@ -74,6 +74,7 @@ def test_the_first_watch_is_named():
     found, _ = study()
     calls = {name: watch["crossed"] for name, watch in found["watches"].items()}
     assert calls["camera travel"] == 3 and calls["KL"] == 4 and calls["epipolar_inliers"] == 4
+    assert calls["share of subject pixels"] == 4
     assert calls["share of moving pixels"] is None and found["first"] == ["camera travel"]
     assert first_to_see({"a": {"crossed": None}}) == []
     assert found["log_at_marks"]["camera_travel_ratio"] == pytest.approx([0.95, 0.6])
@@ -86,7 +87,7 @@ def test_its_page_says_who_saw_it_first(tmp_path):
     text = hacking._markdown({"title": "T", "settings": settings, "machine": where, "hacking": {"far": found}})
     assert "First to call: **camera travel**, after 3 of 4 updates." in text
     assert "| camera travel | 0.8 | 3 |" in text and "| adherence | worse than at its best | never |" in text
-    assert "| 4 | 0.6 | 0.95 | 0.011 |" in text
+    assert "| 4 | 0.6 | 0.95 | 0.75 | 0.011 |" in text
     draw_hacking(tmp_path / "h.png", {"far": found, "far-bare": found}, limits)
     picture = cv2.imread(str(tmp_path / "h.png"))
     assert picture.shape[0] == 2 * 190 and (picture < 100).any()
@@ -113,5 +114,8 @@ def test_marks_are_one_run_whose_weights_are_kept(tmp_path, monkeypatch):
 
 
 def test_thresholds_are_those_of_the_stop_rule():
-    found = thresholds(load_config("tiny", ["stop={travel_below: 0.7, kl_above: 0.3}"]))
-    assert found == {"camera travel": 0.7, "share of moving pixels": hacking.DEFAULT_FLOOR, "KL": 0.3}
+    found = thresholds(load_config("tiny", ["stop={travel_below: 0.7, subjects_below: 0.6, kl_above: 0.3}"]))
+    floor = hacking.DEFAULT_FLOOR
+    assert found == {
+        "camera travel": 0.7, "share of moving pixels": floor, "share of subject pixels": 0.6, "KL": 0.3
+    }  # fmt: skip

@@ -17,8 +17,9 @@ _GREY, _BLACK = (170, 170, 170), (30, 30, 30)
 Points = Sequence[tuple[float, float | None]]
 _WAYS = {"lgm": "LGM", "decode_then_rgb": "decode, then RGB"}
 _FROM_LOG = (
-    ("travel, moving pixels / base", {"camera_travel_ratio": "travel", "dynamic_share_ratio": "moving"},
-     ("camera travel", "share of moving pixels")),
+    ("travel, moving, subject pixels / base",
+     {"camera_travel_ratio": "travel", "dynamic_share_ratio": "moving", "subject_share_ratio": "subjects"},
+     ("camera travel", "share of moving pixels", "share of subject pixels")),
     ("KL to the base model", {"kl": "kl"}, ("KL",)),
 )  # fmt: skip
 _FROM_VIDEOS = (

@@ -36,6 +36,7 @@ DEFAULT_FLOOR, DEFAULT_KL = 0.8, 0.005
 LOGGED = {
     "camera travel": ("camera_travel_ratio", "travel_below"),
     "share of moving pixels": ("dynamic_share_ratio", "dynamics_below"),
+    "share of subject pixels": ("subject_share_ratio", "subjects_below"),
     "KL": ("kl", "kl_above"),
 }
 MEASURED = ("epipolar_inliers", "judge_reprojection", "flow_cycle", "adherence", "motion_flow")
@@ -93,6 +94,7 @@ def thresholds(config: TrainConfig) -> dict[str, float]:
     return {
         "camera travel": stop.travel_below or DEFAULT_FLOOR,
         "share of moving pixels": stop.dynamics_below or DEFAULT_FLOOR,
+        "share of subject pixels": stop.subjects_below or DEFAULT_FLOOR,
         "KL": stop.kl_above or DEFAULT_KL,
     }
 
