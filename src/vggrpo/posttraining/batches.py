@@ -14,7 +14,7 @@ from vggrpo.distributed import Processes
 from vggrpo.posttraining.algorithm import Context
 from vggrpo.posttraining.micro_batch import rollout_micro_batch
 from vggrpo.posttraining.scoring import measure_motion
-from vggrpo.posttraining.watch import BaseMotion
+from vggrpo.posttraining.watch import BaseMotion, base_motion_by
 from vggrpo.sampling.rollout import rollout
 from vggrpo.sampling.seeds import derive_seed
 
@@ -75,7 +75,7 @@ def measure_base_motion(context: Context, prompts: Sequence[str], known: dict[st
     with context.policy.reference():
         latents = sample_clips(context, [prompt for prompt, _ in jobs], [seed for _, seed in jobs])
     motion = measure_motion(context.lgm, latents, context.config.lgm.micro_batch).view(3, len(new), samples)
-    known.update(zip(new, map(BaseMotion._make, motion.nanmean(dim=2).T.tolist()), strict=True))
+    known.update(base_motion_by(new, motion.nanmean(dim=2).T.tolist()))
 
 
 def share_of(context: Context, count: int) -> range:

@@ -22,7 +22,7 @@ from torch import Tensor
 from vggrpo.posttraining.algorithm import Context
 from vggrpo.posttraining.batches import items_of, latent_shape, measure_base_motion, share_of
 from vggrpo.posttraining.forward_losses import velocity_error
-from vggrpo.posttraining.watch import BaseMotion, reward_context
+from vggrpo.posttraining.watch import BaseMotion, base_motion_by, reward_context
 from vggrpo.rewards import get_reward
 from vggrpo.sampling.first_frame import acted_frames, pin_first_frame
 from vggrpo.sampling.flow_sde import ode_step
@@ -53,7 +53,7 @@ class Direct:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Put back what `state` gave."""
-        self.base = {prompt: BaseMotion(*values) for prompt, values in state["base_motion"].items()}
+        self.base = base_motion_by(state["base_motion"], state["base_motion"].values())
         self.variance = dict(state["variance"])
 
     def update(self, number: int, watch: Stopwatch) -> dict[str, float]:
@@ -67,7 +67,7 @@ class Direct:
         ]
         with watch.stage("base_motion"):
             measure_base_motion(context, [context.prompts[i] for i in chosen], self.base)
-        if not self.variance:
+        if not self.variance and context.config.grpo.mode == "decoupled":
             with watch.stage("spread"), torch.no_grad():
                 self._observe(self._over_clips(jobs, count))
         with watch.stage("backward"):

@@ -25,7 +25,7 @@ from vggrpo.posttraining.batches import items_of
 from vggrpo.posttraining.micro_batch import replay_micro_batch, rollout_micro_batch
 from vggrpo.posttraining.replay import OldPolicy, Replayer, ReplayStatistics, all_transitions, inner_parts
 from vggrpo.posttraining.scoring import Scores, measure_motion, reward_weights, score_latents
-from vggrpo.posttraining.watch import BaseMotion, MotionWatch, reward_metrics
+from vggrpo.posttraining.watch import MotionWatch, base_motion_by, reward_metrics
 from vggrpo.sampling.rollout import NoiseSettings, Trajectory, choose_window, rollout
 from vggrpo.sampling.seeds import derive_seed
 from vggrpo.tracking import Stopwatch
@@ -74,7 +74,7 @@ class GRPO:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Put back what `state` gave."""
-        self.motion.base = {prompt: BaseMotion(*values) for prompt, values in state["base_motion"].items()}
+        self.motion.base = base_motion_by(state["base_motion"], state["base_motion"].values())
         self.motion.recent = state["recent_motion"]
         self.recompute_old, self.ratio_checked = state["recompute_old"], state["ratio_checked"]
         self.at_once.found, self.replayer.micro_batch.found = state.get("micro_batches", (None, None))
@@ -213,7 +213,7 @@ class GRPO:
             ).latents
         motion = measure_motion(self.lgm, latents, self.config.lgm.micro_batch)
         motion = (self.processes.gather(motion) if divides else motion).view(3, len(new), samples).nanmean(dim=2)
-        self.motion.base.update(zip(new, map(BaseMotion._make, motion.T.tolist()), strict=True))
+        self.motion.base.update(base_motion_by(new, motion.T.tolist()))
 
     def _score(self, latents: Tensor, prompts: Sequence[str]) -> Scores:
         return score_latents(

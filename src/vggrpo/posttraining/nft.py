@@ -27,7 +27,7 @@ from vggrpo.posttraining.batches import items_of, measure_base_motion, sample_cl
 from vggrpo.posttraining.forward_losses import drawn_times, network_input, nft_loss, optimality_of, velocity_error
 from vggrpo.posttraining.scoring import reward_weights, score_latents
 from vggrpo.posttraining.sft import FINE
-from vggrpo.posttraining.watch import BaseMotion, reward_metrics
+from vggrpo.posttraining.watch import BaseMotion, base_motion_by, reward_metrics
 from vggrpo.sampling.seeds import derive_seed, seeded_noise
 from vggrpo.tracking import Stopwatch
 
@@ -59,7 +59,7 @@ class NFT:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Put back what `state` gave."""
-        self.base = {prompt: BaseMotion(*values) for prompt, values in state["base_motion"].items()}
+        self.base = base_motion_by(state["base_motion"], state["base_motion"].values())
 
     def update(self, number: int, watch: Stopwatch) -> dict[str, float]:
         """Sample, score, and take `nft.inner_updates` optimizer steps."""

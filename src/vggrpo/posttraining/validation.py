@@ -18,7 +18,7 @@ from vggrpo.io.prompts import read_prompts
 from vggrpo.models.base import VideoModel
 from vggrpo.posttraining.algorithm import Context
 from vggrpo.posttraining.scoring import measure_motion, score_latents
-from vggrpo.posttraining.watch import BaseMotion, mean_of
+from vggrpo.posttraining.watch import BaseMotion, base_motion_by, mean_of
 from vggrpo.sampling.generate import solve, video_seed
 
 
@@ -53,7 +53,7 @@ class Validation:
         if context.lgm is not None and self._base is None:
             with context.policy.reference():
                 motion = measure_motion(context.lgm, self._sample(), config.lgm.micro_batch)
-            self._base = dict(zip(self.prompts, map(BaseMotion._make, motion.T.tolist()), strict=True))
+            self._base = base_motion_by(self.prompts, motion.T.tolist())
         with context.policy.averaged():
             latents = self._sample()
         metrics: dict[str, float] = {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -36,6 +36,11 @@ class BaseMotion(NamedTuple):
     def mean(cls, several: Sequence[BaseMotion]) -> BaseMotion:
         """Mean of what is known of each."""
         return cls(*(mean_of(torch.tensor(values)) for values in zip(*several, strict=True)))
+
+
+def base_motion_by(prompts: Iterable[str], rows: Iterable[Sequence[float]]) -> dict[str, BaseMotion]:
+    """Base motion by prompt, from rows of (travel, moving, subjects), as measured or out of a checkpoint."""
+    return dict(zip(prompts, map(BaseMotion._make, rows), strict=True))
 
 
 def reward_context(prompts: Sequence[str], base: Mapping[str, BaseMotion]) -> RewardContext:

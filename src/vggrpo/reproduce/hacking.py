@@ -90,12 +90,9 @@ def study_hacking(folder: Path, settings: Settings, common: Mapping[str, Any], s
 
 def thresholds(config: TrainConfig) -> dict[str, float]:
     """Where each watch of training calls: the recipe's own stop rule, or the default where it has none."""
-    stop = config.stop
     return {
-        "camera travel": stop.travel_below or DEFAULT_FLOOR,
-        "share of moving pixels": stop.dynamics_below or DEFAULT_FLOOR,
-        "share of subject pixels": stop.subjects_below or DEFAULT_FLOOR,
-        "KL": stop.kl_above or DEFAULT_KL,
+        name: getattr(config.stop, rule) or (DEFAULT_KL if rule == "kl_above" else DEFAULT_FLOOR)
+        for name, (_, rule) in LOGGED.items()
     }
 
 

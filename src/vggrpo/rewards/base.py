@@ -111,6 +111,16 @@ def median_depth(depth: Float[Tensor, "B S H W"], mask: Bool[Tensor, "B S H W"])
     return kept.nanmedian(1).values
 
 
+def hinge_below_base(
+    amount: Float[Tensor, " B"], base: Float[Tensor, " B"], keep: float, nothing: float
+) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
+    """Penalty ``-max(0, keep - amount / base)`` for showing less than the base model, and the ratio; 0 and 1 where the
+    base model shows at most `nothing`."""
+    asked = base > nothing
+    ratio = torch.where(asked, amount / torch.where(asked, base, 1.0), 1.0)
+    return -torch.where(asked, (keep - ratio).clamp_min(0), 0.0), ratio
+
+
 def judged(value: Tensor, terms: dict[str, Tensor], valid: Bool[Tensor, " B"]) -> Reward:
     """A reward with NaN in place of every number of the clips that are not valid; terms are cut off from the graph."""
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vggrpo.errors import UserError
 from vggrpo.geometry import GeometryPrediction
-from vggrpo.rewards.base import Reward, RewardContext, finite_clips, full_precision, judged
+from vggrpo.rewards.base import Reward, RewardContext, finite_clips, full_precision, hinge_below_base, judged
 
 
 @full_precision
@@ -60,7 +60,5 @@ def subject_presence_hinge(
     share = torch.where(valid, share, 0.0)
     base = context.base_subjects_of(share)
     valid = valid & base.isfinite()
-    shown = base > empty
-    ratio = torch.where(shown, share / torch.where(shown, base, 1.0), 1.0)
-    value = -torch.where(shown, (keep - ratio).clamp_min(0), 0.0)
+    value, ratio = hinge_below_base(share, base, keep, empty)
     return judged(value, {"share": share, "base_share": base, "share_ratio": ratio}, valid)

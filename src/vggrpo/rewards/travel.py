@@ -19,7 +19,16 @@ from torch import Tensor
 
 from vggrpo.errors import UserError
 from vggrpo.geometry import GeometryPrediction, invert_se3, safe_norm, so3_log
-from vggrpo.rewards.base import Reward, RewardContext, finite_clips, full_precision, judged, median_depth, usable_pixels
+from vggrpo.rewards.base import (
+    Reward,
+    RewardContext,
+    finite_clips,
+    full_precision,
+    hinge_below_base,
+    judged,
+    median_depth,
+    usable_pixels,
+)
 
 
 def camera_steps(
@@ -80,7 +89,5 @@ def camera_motion_hinge(
     travel = torch.where(valid, travel, torch.zeros_like(travel))
     base = context.base_travel_of(travel)
     valid = valid & base.isfinite()
-    moves = base > still
-    ratio = torch.where(moves, travel / torch.where(moves, base, torch.ones_like(base)), torch.ones_like(travel))
-    value = -torch.where(moves, (keep - ratio).clamp_min(0), torch.zeros_like(ratio))
+    value, ratio = hinge_below_base(travel, base, keep, still)
     return judged(value, {"travel": travel, "base_travel": base, "travel_ratio": ratio}, valid)
