@@ -24,7 +24,7 @@ def test_a_quick_table_resumes_and_states_what_it_is(tmp_path):
     assert set(rows) == {"best-of-4", "vggrpo-guided-100"}
     assert all({"motion_reward", "judge_reprojection"} <= set(row["metrics"]) for row in rows.values())
     assert rows["best-of-4"]["metrics"]["motion_reward"]["n"] == 2
-    assert result["arms"]["best-of-4"]["sampling"]["network_passes_per_video"] == 24
+    assert result["arms"]["best-of-4"]["sampling"]["network_passes_per_video"] == 12
     owned = result["owners"]["vggrpo-guided-100"]
     assert owned["owner"] == "vggrpo" and owned["metrics"]["motion_reward"]["n"] == 2
     assert len(owned["metrics"]["kernel_distance"]["by_training_seed"]) == 1

@@ -123,6 +123,23 @@ def test_a_cut_off_file_is_an_error_not_a_shorter_video(tmp_path, share):
         read_video(tmp_path / "cut.mp4")
 
 
+def test_a_damaged_file_is_an_error_in_one_line_or_a_video(tmp_path):
+    """Bytes flipped anywhere: some files name no codec then, some hold text that is none."""
+    content = write_video(tmp_path / "whole.mp4", gradient_clip(), fps=8).read_bytes()
+    refused = 0
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        damaged = np.frombuffer(content, np.uint8).copy()
+        damaged[rng.integers(len(damaged), size=20)] ^= rng.integers(1, 256, size=20, dtype=np.uint8)
+        (tmp_path / "damaged.mp4").write_bytes(damaged.tobytes())
+        try:
+            read_video(tmp_path / "damaged.mp4")
+        except UserError as error:
+            refused += 1
+            assert "damaged.mp4" in str(error) and "\n" not in str(error)
+    assert refused > 10
+
+
 def test_real_footage_is_read(shared_dir):
     frames, fps = read_video(shared_dir / "data" / "videos" / "nasa_13013.mp4")
     assert frames.shape[1:] == (180, 320, 3)

@@ -22,6 +22,7 @@ from vggrpo.lgm.connector import Connector, at_view_rate
 from vggrpo.models import loading
 from vggrpo.models.base import LatentSpec
 from vggrpo.models.border import patch_image_size
+from vggrpo.models.vae import vae_hash
 from vggrpo.rewards.latent import WeightedLatentReward
 
 
@@ -168,6 +169,16 @@ def test_another_vaes_latents_are_refused():
         with pytest.raises(UserError, match=words) as error:
             model.check_latents_of(spec)
         assert "train-lgm" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_vae_of_the_same_sizes_and_other_weights_is_refused():
+    mine, other = BlockVAE(), BlockVAE()
+    other.load_state_dict({name: value + 1 for name, value in mine.state_dict().items()})
+    model = lgm(vae_sha256=vae_hash(mine))
+    model.check_latents_of(mine.latent_spec, mine)
+    lgm().check_latents_of(other.latent_spec, other)  # an LGM that does not say
+    with pytest.raises(UserError, match="SHA-256 of its weights"):
+        model.check_latents_of(other.latent_spec, other)
 
 
 @pytest.mark.parametrize("size", [(480, 832), (704, 1280), (512, 512), (832, 480), (64, 64)])

@@ -159,6 +159,17 @@ def test_the_licence_of_public_weights_in_a_folder_is_said(
     assert f"{tmp_path} holds weights of {kind}; licence: as the publisher of" in said and words in said
 
 
+def test_the_licence_of_a_copy_on_the_hub_is_said_by_its_kind(monkeypatch, tmp_path, caplog) -> None:
+    import huggingface_hub
+
+    (tmp_path / "config.json").write_text('{"dim": 0}')
+    save_file({"aggregator.camera_token": torch.zeros(1, 1, 1)}, tmp_path / "model.safetensors")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
+    with caplog.at_level(logging.WARNING), pytest.raises(UserError):
+        load_geometry_model("someone/VGGT-1B-copy")
+    assert any("VGGT-1B is CC BY-NC 4.0 (non-commercial)" in message for message in caplog.messages)
+
+
 def test_what_was_saved_here_is_loaded_without_a_word(directory: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         load_geometry_model(directory)

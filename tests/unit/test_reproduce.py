@@ -113,7 +113,8 @@ def results(quick=False):
             "reward_gradients_per_video": 2, "device": "cpu"}  # fmt: skip
     about = {"about": "a rival", "training_videos": 32.0, "training_seconds": 8.5, "training_updates": 4.0,
              "sampling": cost}  # fmt: skip
-    settings = {"quick": quick, "config": "tiny", "seeds": 3, "prompts": 40, "videos": 2, "steps": 20}
+    settings = {"quick": quick, "config": "tiny", "seeds": 3, "prompts": 40, "videos": 2, "steps": 20,
+                "guidance_scale": 1.0}  # fmt: skip
     where = {"gpu": None, "platform": "Test", "processors": 2, "torch": "2", "vggrpo": "0"}
     return {"table": "main", "title": "T", "claim": "C", "settings": settings, "machine": where,
             "arms": {"rival": about}, "sets": {"world-static": {"rival": row}}}  # fmt: skip
@@ -232,6 +233,10 @@ def test_the_study_of_stitching_has_a_picture(tmp_path, monkeypatch):
 
 def test_few_prompts_earn_no_mark(tmp_path):
     result = results()
+    result["sets"]["world-static"]["rival"]["checks"] = {"sample": {"outcome": False}, "motion": {"outcome": True}}
+    result["made_of"] = {"recipe tiny": "0123abc"}
+    text = write_results(tmp_path, "main", result).read_text()
+    assert "| too few prompts |" in text and "of (SHA-256): recipe tiny 0123abc." in text
     for value in result["sets"]["world-static"]["rival"]["metrics"].values():
         value["n"] = 3
     assert "] ▲" not in write_results(tmp_path, "main", result).read_text()
@@ -250,11 +255,14 @@ def test_bad_requests_are_refused_before_any_work(tmp_path):
     check_settings(tmp_path / "settings.json", Settings(seeds=1))  # nothing was made with 2
     check_settings(tmp_path / "settings.json", Settings(seeds=2))
     (tmp_path / "runs").mkdir()
-    with pytest.raises(UserError, match="prompts 96, not 8"):
+    with pytest.raises(UserError, match="prompts 48, not 8"):
         reproduce(["main"], tmp_path, Settings(seeds=2, prompts=8))
     check_settings(tmp_path / "settings.json", Settings(seeds=3))  # a seed is a run of its own
     with pytest.raises(UserError, match="seeds 3, not 2"):
         reproduce(["main"], tmp_path, Settings(seeds=2))
+    check_settings(tmp_path / "settings.json", Settings(guidance_scale=1.0))  # the recipe's, said outright
+    with pytest.raises(UserError, match=r"guidance_scale 1\.0, not 3\.0"):
+        reproduce(["main"], tmp_path, Settings(guidance_scale=3.0))
 
 
 def test_an_output_knows_the_content_of_what_it_names(tmp_path):

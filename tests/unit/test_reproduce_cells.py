@@ -138,7 +138,7 @@ def test_steering_reads_the_rewards_as_the_recipe_has_them(monkeypatch, name):
     def fake_reward(lgm, weights, options=None):
         made["options"] = options
 
-    monkeypatch.setattr(cells, "load_lgm", lambda path, device: None)
+    monkeypatch.setattr(cells, "load_lgm", lambda path, device, spec: None)
     monkeypatch.setattr(cells, "WeightedLatentReward", fake_reward)
     steering = cells._steering(arm_named(name), Settings().recipe(), Settings(device="cpu"))
     expected = audited_options(Settings().recipe().rewards)

@@ -50,6 +50,14 @@ def test_a_metric_turns_when_it_is_clearly_worse_than_at_its_best():
     assert turning_point("adherence", rows(0.5), [[rows(0.4)]], [10]) == {"best": 0, "crossed": None}
 
 
+def test_who_looks_often_has_to_see_more():
+    noisy = [rows(0.5), rows(0.5)]
+    for i, row in enumerate(noisy[1]):
+        row["metrics"]["epipolar_inliers"]["value"] -= 0.02 if i % 5 else -0.01  # 8 of 10 prompts get worse
+    called = [turning_point("epipolar_inliers", noisy[0], [[noisy[1]]], [10], looks)["crossed"] for looks in (1, 1000)]
+    assert called == [10, None]
+
+
 def mark(value):
     entry = {"base": 0.5, "tuned": value, "diff": value - 0.5, "ci_low": value - 0.6, "ci_high": value - 0.4,
              "higher_is_better": True, "n": 40}  # fmt: skip
@@ -67,25 +75,38 @@ def study():
     found["watches"] = watches(found, limits, 1)
     found["log_at_marks"] = hacking.log_at(log, [2, 4], 2)
     found["first"] = first_to_see(found["watches"])
+    found["kl_at_first"] = hacking.kl_at_first(found)
     return found, limits
 
 
 def test_the_first_watch_is_named():
-    found, _ = study()
+    found, limits = study()
     calls = {name: watch["crossed"] for name, watch in found["watches"].items()}
     assert calls["camera travel"] == 3 and calls["KL"] == 4 and calls["epipolar_inliers"] == 4
     assert calls["share of subject pixels"] == 4
     assert calls["share of moving pixels"] is None and found["first"] == ["camera travel"]
+    assert calls[hacking.MOTION] is None
+    found["sets"]["world-static"]["marks"][1]["motion_ratio"] = 0.7
+    assert watches(found, limits, 1)[hacking.MOTION]["crossed"] == 4
     assert first_to_see({"a": {"crossed": None}}) == []
+    assert found["kl_at_first"] == pytest.approx(0.011)
     assert found["log_at_marks"]["camera_travel_ratio"] == pytest.approx([0.95, 0.6])
 
 
 def test_its_page_says_who_saw_it_first(tmp_path):
     found, limits = study()
-    settings = {"quick": False, "config": "tiny", "seeds": 1, "prompts": 40, "videos": 1, "steps": 20}
+    settings = {
+        "quick": False,
+        "config": "tiny",
+        "seeds": 1,
+        "prompts": 40,
+        "videos": 1,
+        "steps": 20,
+        "guidance_scale": 1.0,
+    }
     where = {"gpu": None, "platform": "Test", "processors": 2, "torch": "2", "vggrpo": "0"}
     text = hacking._markdown({"title": "T", "settings": settings, "machine": where, "hacking": {"far": found}})
-    assert "First to call: **camera travel**, after 3 of 4 updates." in text
+    assert "First to call: **camera travel**, after 3 of 4 updates. KL at the first call of an independent" in text
     assert "| camera travel | 0.8 | 3 |" in text and "| adherence | worse than at its best | never |" in text
     assert "| 4 | 0.6 | 0.95 | 0.75 | 0.011 |" in text
     draw_hacking(tmp_path / "h.png", {"far": found, "far-bare": found}, limits)

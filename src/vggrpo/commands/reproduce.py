@@ -31,12 +31,11 @@ def add_parser(subparsers: Subparsers) -> None:
                         "would take")  # fmt: skip
     parser.add_argument("--config", default="tiny", help="recipe that the arms change (default: %(default)s)")
     parser.add_argument("--seeds", type=at_least(1), default=3, help="training runs an arm (default: %(default)s)")
-    parser.add_argument("--prompts", type=at_least(2), default=96, help="at most, of each set (default: %(default)s)")
+    parser.add_argument("--prompts", type=at_least(2), default=48, help="at most, of each set (default: %(default)s)")
     parser.add_argument("--videos", type=at_least(1), default=2, help="a prompt and model (default: %(default)s)")
     parser.add_argument("--steps", type=at_least(2), default=20, help="denoising steps (default: %(default)s)")
-    parser.add_argument(
-        "--guidance-scale", type=guidance_scale, default=3.0, help="classifier-free, 1 = none (default: %(default)s)"
-    )
+    parser.add_argument("--guidance-scale", type=guidance_scale, help="classifier-free, 1 = none (default: that of the "
+                        "recipe's roll-outs)")  # fmt: skip
     parser.add_argument("--updates", type=at_least(1), help="of GRPO; the rivals get as many videos (default: recipe)")
     parser.add_argument(
         "--lgm-config", default="lgm-tiny", help="recipe of the LGMs of table lgm (default: %(default)s)"

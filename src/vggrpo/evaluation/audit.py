@@ -94,7 +94,7 @@ def audit_reward(
     model = LatentGeometryModel.from_pretrained(lgm)
     judge_path, pipeline = (assets.path(n) if models is None else models / n for n in ("judge", "pipeline"))
     generator = load_video_model(video_model or pipeline, device=str(device), dtype=dtype)
-    model.check_latents_of(generator.latent_spec)
+    model.check_latents_of(generator.latent_spec, generator)
     independent = load_geometry_model(judge or judge_path).to(device)  # type: ignore[attr-defined]
     teacher = load_teacher(lgm).to(device)  # type: ignore[attr-defined]
     subject = _Subject(model.to(device), teacher, independent, generator, num_frames, size, options or {})

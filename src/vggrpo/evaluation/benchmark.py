@@ -90,7 +90,7 @@ def run_benchmark(
             manifest, folder / "eval" / arm, config.metrics, workers=config.workers, models=models, progress=progress
         )
         if config.lgm is not None:
-            score_latents(folder, arm, config.lgm, device, options)
+            score_latents(folder, arm, config.lgm, device, options, config.pipeline)
         elif any("judge" in metric.needs for metric in select(config.metrics)):
             _judge_scenes(folder, arm, models)
     say("comparison and report")

@@ -18,6 +18,7 @@ from vggrpo.evaluation.scenes import scene_of, write_scenes
 from vggrpo.io.manifest import read_jsonl, read_manifest, write_jsonl
 from vggrpo.io.video import read_video
 from vggrpo.lgm import LatentGeometryModel
+from vggrpo.models.loading import latent_spec
 from vggrpo.rewards.registry import AUDITED, get_reward
 
 REWARDS = dict(zip(("motion_reward", "geometry_reward"), AUDITED, strict=True))
@@ -30,6 +31,7 @@ def score_latents(
     lgm: str | Path = EMBEDDED,
     device: torch.device | str = "cpu",
     options: Mapping[str, Mapping[str, Any]] | None = None,
+    pipeline: str | Path = EMBEDDED,
 ) -> list[dict[str, Any]]:
     """Add `motion_reward` and `geometry_reward` to `eval/ARM/metrics.jsonl` and write `scenes/ARM.jsonl`.
 
@@ -37,6 +39,7 @@ def score_latents(
         run_dir: holds ARM/manifest.jsonl, the videos and their latents (`generate_videos(..., save_latents=True)`).
         lgm: directory of the LGM; "embedded" is the shipped one.
         options: keyword arguments of the two rewards by their names, as training uses them (`audited_options`).
+        pipeline: whose latents they are.
 
     Returns:
         The rows of the arm.
@@ -47,6 +50,7 @@ def score_latents(
     manifest, metrics = run_dir / arm / "manifest.jsonl", run_dir / "eval" / arm / "metrics.jsonl"
     rows = read_jsonl(metrics)
     reader = LatentGeometryModel.from_pretrained(assets.path("lgm") if str(lgm) == EMBEDDED else lgm).to(device)
+    reader.check_latents_of(latent_spec(pipeline))
     scenes = []
     for row, video in zip(rows, read_manifest(manifest), strict=True):
         file = (manifest.parent / video.path).with_suffix(".safetensors")

@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 ANALYSIS_SEED = 30_000_000  # rendered clips that nothing was trained or audited on
 NOISE_LEVELS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
 PARTS = ("accuracy", "noise", "cost", "full-shape")
+ROLLOUT_STEPS, REPLAYED = 10, (9, 4)  # the paper's training step, and that of the recipes for one GPU
 SHOWN = ("abs_rel", "translation", "rotation", "fov", "flow")
 
 
@@ -87,7 +88,7 @@ class Analysis:
     """An LGM, the VAE whose latents it reads, and the RGB model beside it."""
 
     def __init__(self, lgm: LatentGeometryModel, vae: VAE, rgb: GeometryModel) -> None:
-        lgm.check_latents_of(vae.latent_spec)
+        lgm.check_latents_of(vae.latent_spec, vae)
         self.lgm, self.vae, self.rgb = lgm, vae, rgb
         self.view_stride = vae.latent_spec.temporal_stride if lgm.config.view_rate == "latent" else 1
 
@@ -247,11 +248,14 @@ def _full_shape_costs() -> dict[str, dict[str, dict[str, Any]]]:
 
     tables = {}
     for model in (WAN_2_1, WAN_2_2):
-        paths = reward_paths(*full_shape(model, lambda: Any4D(Any4DConfig())))
-        tables[f"{model['name']}, Any4D, no weights"] = cost_table(paths, torch.device("meta"))
-        rgb = tables[f"{model['name']}, Any4D, no weights"]["rgb"]["flops"]
-        velocity = transformer_flops(model)
-        tables[f"{model['name']}, Any4D, no weights"]["one velocity"] = {
-            "flops": velocity, "flops_of_rgb": velocity / rgb
-        }  # fmt: skip
+        table = cost_table(reward_paths(*full_shape(model, lambda: Any4D(Any4DConfig()))), torch.device("meta"))
+        rgb, latent, velocity = table["rgb"]["flops"], table["lgm_latent"]["flops"], transformer_flops(model)
+        table["one velocity"] = {"flops": velocity, "flops_of_rgb": velocity / rgb}
+        for replayed in REPLAYED:
+            # A replayed step: forward and backward, three times a forward, and a forward of the reference for the KL.
+            step = (ROLLOUT_STEPS + 4 * replayed) * velocity + latent
+            table[f"training step of a clip, {replayed} of {ROLLOUT_STEPS} steps replayed"] = {
+                "flops": step, "flops_of_rgb": step / rgb, "latent_share": latent / step
+            }  # fmt: skip
+        tables[f"{model['name']}, Any4D, no weights"] = table
     return tables

@@ -117,7 +117,7 @@ def _from_latents(
     video_model: VideoModel = load_video_model(pipeline, device=device, load_text=False)
     reader = reader.to(video_model.device)
     spec, stride = video_model.latent_spec, reader.config.stride
-    reader.check_latents_of(spec)
+    reader.check_latents_of(spec, video_model)
     clip = clip.take(for_latents(len(clip.index), views, spec.temporal_stride))
     cells = [spec.spatial_stride * max(patch, stride) for patch in spec.patch_size[1:]]
     height, width = (

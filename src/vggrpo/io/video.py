@@ -198,8 +198,10 @@ def _opened(file: Path) -> Iterator[tuple[Any, Any]]:
         with av.open(str(file)) as container:
             if not container.streams.video:
                 raise UserError(f"{file} holds no video stream")
+            if container.streams.video[0].codec_context is None:
+                raise UserError(f"video {file} is damaged: it names no known codec; copy or encode it again")
             yield container, container.streams.video[0]
-    except (av.error.FFmpegError, EOFError) as error:
+    except (av.error.FFmpegError, EOFError, UnicodeDecodeError) as error:  # the last one of a damaged header
         raise UserError(f"video {file} cannot be decoded ({error}); it may be truncated or no video") from error
 
 

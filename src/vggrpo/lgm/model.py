@@ -34,7 +34,7 @@ from vggrpo.models.pretrained import (
     require_names,
     write_pretrained,
 )
-from vggrpo.models.vae import weights_hash
+from vggrpo.models.vae import VAE, vae_hash, weights_hash
 
 
 class LGMConfig(BaseModel):
@@ -61,6 +61,7 @@ class LGMConfig(BaseModel):
     geometry_sha256: str | None = Field(
         None, description="`weights_hash` of the geometry model it was made on; null: not recorded"
     )
+    vae_sha256: str | None = Field(None, description="`vae_hash` of the VAE it was made for; null: not recorded")
 
 
 class LatentGeometryModel(nn.Module):
@@ -109,8 +110,12 @@ class LatentGeometryModel(nn.Module):
         prediction.frame_index = torch.arange(s, device=latents.device) * step
         return prediction, raw
 
-    def check_latents_of(self, spec: LatentSpec) -> None:
+    def check_latents_of(self, spec: LatentSpec, vae: VAE | None = None) -> None:
         """Refuse to read the latents of another VAE: sizes, and the normalisation where both state it.
+
+        Args:
+            spec: of the latents.
+            vae: what makes them, where it is at hand: VAEs of one size differ in their weights.
 
         Raises:
             UserError: names what differs.
@@ -127,6 +132,8 @@ class LatentGeometryModel(nn.Module):
                     abs(a - b) <= 1e-4 * (1 + abs(a)) for a, b in zip(ours, stated, strict=True)
                 )
                 pairs.append((f"latents_{name}", "its own" if same else "its own, of other numbers", "its own"))
+        if vae is not None and config.vae_sha256 is not None:
+            pairs.append(("SHA-256 of its weights", config.vae_sha256[:12], vae_hash(vae)[:12]))
         for name, mine, theirs in pairs:
             if mine != theirs:
                 raise UserError(

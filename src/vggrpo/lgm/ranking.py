@@ -24,7 +24,7 @@ from vggrpo.lgm.model import LatentGeometryModel
 from vggrpo.lgm.search import StitchFit
 
 ERRORS = ("abs_rel", "translation", "rotation", "fov", "flow")
-_DECISIVE = ERRORS[:3]
+_NEVER_MISSING = ERRORS[:3]
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class RankedFit:
 
     Attributes:
         errors: of the stitched network against the RGB network on held-out clips (`geometry_errors`), means.
-        downstream: mean over depth, translation and rotation of the error, in units of the median layer's; NaN where
-            one of them is no number for some clip.
+        downstream: mean over depth, translation and rotation, and flow where something moves in the clips, of the
+            error in units of the median layer's; NaN where one of them is no number for some clip.
     """
 
     fit: StitchFit
@@ -66,8 +66,10 @@ def rank_downstream(
             for name, value in geometry_errors(model(latents), target).items():
                 parts.setdefault(name, []).append(value)
     rows = [{name: _mean(name, torch.cat(values)) for name, values in parts.items()} for parts in columns]
-    middle = {name: _middle([row[name] for row in rows]) for name in _DECISIVE}
-    scores = [sum(row[name] / middle[name] for name in _DECISIVE) / len(_DECISIVE) for row in rows]
+    moving = any(math.isfinite(row.get("flow", math.nan)) for row in rows)
+    decisive = (*_NEVER_MISSING, "flow") if moving else _NEVER_MISSING
+    middle = {name: _middle([row[name] for row in rows]) for name in decisive}
+    scores = [sum(row[name] / middle[name] for name in decisive) / len(decisive) for row in rows]
     costs = scores if by == "downstream" else [-fit.r2 for fit in fits]
     if not any(map(math.isfinite, costs)):
         raise UserError(
@@ -82,7 +84,7 @@ def rank_downstream(
 def _mean(name: str, values: Tensor) -> float:
     """Over clips. NaN says of flow and masks that nothing moves, and is left out; of depth and cameras that the
     network failed, and stays."""
-    return (values.mean() if name in _DECISIVE else values.nanmean()).item()
+    return (values.mean() if name in _NEVER_MISSING else values.nanmean()).item()
 
 
 def _middle(values: list[float]) -> float:

@@ -50,6 +50,11 @@ _BY_KIND = {
 }
 
 
+def is_known(source: str | Path) -> bool:
+    """Whether this is the hub id of weights whose licence is known by name."""
+    return str(source).lower() in {weights.repository.lower() for weights in WEIGHTS}
+
+
 def licence_of(source: str | Path, kind: str) -> str:
     """Licence of weights: by their hub id, else what is known of public weights of that kind.
 

@@ -13,7 +13,7 @@ from vggrpo import assets
 from vggrpo.config import EMBEDDED
 from vggrpo.errors import UserError
 from vggrpo.models.base import GeometryModel, LatentSpec
-from vggrpo.models.licences import licence_of
+from vggrpo.models.licences import is_known, licence_of
 from vggrpo.models.pretrained import is_hub_id, read_config, read_weights, reading
 from vggrpo.models.vae import VAE, ImageVAE
 from vggrpo.models.wan import WanVAE, WanVideoModel, read_latent_spec
@@ -98,7 +98,7 @@ def load_geometry_model(source: str | Path) -> GeometryModel:
 def _recognised(state: dict[str, Tensor], source: str | Path) -> str:
     for kind, (_, _, telltale) in _BACKENDS.items():
         if telltale in state:
-            if Path(source).exists():  # of what comes from the hub it was said before
+            if not is_known(source):  # of what is known by its hub id it was said before
                 logger.warning("%s holds weights of %s; licence: %s", source, kind, licence_of(source, kind))
             return kind
     names = ", ".join(list(state)[:3])

@@ -124,6 +124,11 @@ def weights_hash(*modules: nn.Module | None) -> str:
     return digest.hexdigest()
 
 
+def vae_hash(vae: VAE) -> str:
+    """`weights_hash` of a VAE, or of that of a whole video model."""
+    return weights_hash(getattr(vae, "vae", vae))  # type: ignore[arg-type]
+
+
 def _read_state(directory: Path, part: str) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 

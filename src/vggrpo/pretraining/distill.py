@@ -36,7 +36,7 @@ from vggrpo.lgm.search import Pair, StitchFit, load_fit, save_fit, search_layers
 from vggrpo.lgm.training import Material, check_batch, distill, stitched
 from vggrpo.models.base import GeometryModel, LatentSpec
 from vggrpo.models.loading import load_geometry_model, load_video_model, pick_device
-from vggrpo.models.vae import VAE, ImageVAE, weights_hash
+from vggrpo.models.vae import VAE, ImageVAE, vae_hash, weights_hash
 from vggrpo.models.wan import WanVideoModel
 from vggrpo.posttraining.micro_batch import is_out_of_memory
 
@@ -146,8 +146,7 @@ class _Parts:
         path = config.geometry.path
         teacher = load_geometry_model(path).to(device)  # type: ignore[attr-defined]
         named = str(Path(path).resolve()) if Path(path).exists() else path
-        encoder = getattr(vae, "vae", vae)  # a video model holds its VAE, an image VAE is one
-        hashes = {"VAE": weights_hash(encoder), "teacher": weights_hash(teacher)}  # type: ignore[arg-type]
+        hashes = {"VAE": vae_hash(vae), "teacher": weights_hash(teacher)}  # type: ignore[arg-type]
         return cls(vae, vae.latent_spec, teacher, generator, named, device, hashes)
 
     def without_makers(self) -> _Parts:
@@ -297,6 +296,7 @@ def _lgm_config(config: TrainLGMConfig, parts: _Parts) -> LGMConfig:
         latents_mean=list(spec.mean) or None,
         latents_std=list(spec.std) or None,
         geometry_sha256=parts.hashes["teacher"],
+        vae_sha256=parts.hashes["VAE"],
     )
 
 

@@ -22,7 +22,7 @@ from vggrpo.lgm.model import LatentGeometryModel, LGMConfig
 from vggrpo.lgm.search import StitchFit, search_layers
 from vggrpo.lgm.training import mean_errors, stitched
 from vggrpo.models.pretrained import read_config, read_weights, reading
-from vggrpo.models.vae import weights_hash
+from vggrpo.models.vae import vae_hash, weights_hash
 from vggrpo.models.vggt import VGGT
 from vggrpo.models.wan import WanVideoModel
 from vggrpo.pretraining.compress import compress_lora, widen_lora
@@ -147,6 +147,7 @@ def config_for(layer: int, video_model: WanVideoModel, teacher: VGGT, rank: int 
         latents_mean=list(spec.mean),
         latents_std=list(spec.std),
         geometry_sha256=weights_hash(teacher),
+        vae_sha256=vae_hash(video_model),
     )
 
 

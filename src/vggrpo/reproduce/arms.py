@@ -105,7 +105,8 @@ def decisive_fields(arm: Arm, settings: Settings) -> dict[str, Any]:
     """All that makes an arm what it is; rewards with the options that they have by default, and without those that
     weigh nothing."""
     fields: dict[str, Any] = {name: getattr(arm, name) for name in
-                              ("lgm", "seconds_of", "lora_of", "guidance", "detach", "candidates")}  # fmt: skip
+                              ("lgm", "seconds_of", "lora_of", "guidance", "guided_every", "detach",
+                               "candidates")}  # fmt: skip
     if arm.train is None:
         return fields
     config = arm_config(arm, settings, _NOWHERE, 0)

@@ -34,13 +34,20 @@ from vggrpo.evaluation.benchmarks import load_prompt_sets
 from vggrpo.evaluation.latent_scores import REWARDS, score_latents
 from vggrpo.evaluation.metrics.quality import KERNEL_DISTANCE
 from vggrpo.io.manifest import read_jsonl, read_manifest, write_jsonl
-from vggrpo.models.loading import pick_device
+from vggrpo.models.loading import latent_spec, pick_device
 from vggrpo.posttraining import train
 from vggrpo.posttraining.trainer import load_lgm
 from vggrpo.reproduce.judging import chosen_metrics, is_embedded, judges
 from vggrpo.reproduce.lgms import audited_lgm
 from vggrpo.reproduce.recipes import Arm, arm_named
-from vggrpo.reproduce.settings import Settings, arm_config, run_logs, seconds_of, seconds_of_run
+from vggrpo.reproduce.settings import (
+    Settings,
+    arm_config,
+    guided_every,
+    run_logs,
+    seconds_of,
+    seconds_of_run,
+)
 from vggrpo.rewards.latent import WeightedLatentReward
 from vggrpo.rewards.registry import audited_options
 from vggrpo.sampling.generate import generate_videos
@@ -117,7 +124,7 @@ def measured_with(
         arm=arm.name,
         seeds=range(settings.videos),
         num_steps=settings.steps,
-        guidance_scale=settings.guidance_scale,
+        guidance_scale=settings.guidance(config),
         num_frames=config.data.num_frames,
         size=(config.data.height, config.data.width),
         fps=settings.frame_rate(config),
@@ -132,7 +139,7 @@ def measured_with(
     if all(REWARDS.keys() <= row["metrics"].keys() for row in rows):
         return rows
     options = audited_options(config.rewards)
-    return score_latents(run_dir, name, config.lgm.path, pick_device(settings.device), options)
+    return score_latents(run_dir, name, config.lgm.path, pick_device(settings.device), options, config.model.path)
 
 
 def _steering(arm: Arm, config: TrainConfig, settings: Settings) -> Steering | None:
@@ -140,8 +147,9 @@ def _steering(arm: Arm, config: TrainConfig, settings: Settings) -> Steering | N
     if arm.guidance is None and arm.candidates == 1:
         return None
     options = audited_options(config.rewards)  # steer by what is trained and reported
-    reward = WeightedLatentReward(load_lgm(config.lgm.path, pick_device(settings.device)), GUIDING, options)
-    every = max(1, settings.steps * 2 // 5)  # the paper's share: steps 20 and 40 of 50
+    lgm = load_lgm(config.lgm.path, pick_device(settings.device), latent_spec(config.model.path))
+    reward = WeightedLatentReward(lgm, GUIDING, options)
+    every = guided_every(arm, settings)
     guidance = RewardGuidance(reward, arm.guidance or 0.0, every=every, detach_velocity=arm.detach)
     return Steering(reward, "motion + geometry", guidance, arm.candidates, options)
 

@@ -5,8 +5,10 @@
 
 Watches of training are read off its log (camera travel and share of moving pixels relative to the base model, KL), each
 averaged over the last updates; independent ones are measured on videos of held-out prompts at every mark: the first
-mark at which a metric is clearly (its paired 95 % interval) worse than at its own best mark so far, the base model
-being mark 0. The first crossing is what a stop rule should have seen.
+mark at which a metric is clearly worse than at its own best mark so far, the base model being mark 0. Clearly: p below
+.05 after Bonferroni's correction for the looks that are taken at it, one a mark and prompt set. Motion, a guard, calls
+where less of it than counts is left. The first crossing is what a stop rule should have seen, and the KL there is what
+a rule can see in training.
 """
 
 from __future__ import annotations
@@ -21,12 +23,13 @@ from typing import Any
 
 from vggrpo.config import TrainConfig
 from vggrpo.evaluation import summarise_comparison
+from vggrpo.evaluation.summary import MOTION_RANGE
 from vggrpo.io.atomic import atomic_write, atomic_write_json
 from vggrpo.posttraining import train
 from vggrpo.reproduce.cells import BASE, Row, Say, measured, measured_with, paired
 from vggrpo.reproduce.curves import draw_hacking
 from vggrpo.reproduce.recipes import FAR, Arm
-from vggrpo.reproduce.results import MARKS, difference_cell, footer, number_cell, quick_note
+from vggrpo.reproduce.results import ALPHA, MARKS, difference_cell, footer, number_cell, quick_note
 from vggrpo.reproduce.settings import Settings, arm_config, run_logs
 
 SETS = ("world-static", "world-dynamic")
@@ -39,7 +42,8 @@ LOGGED = {
     "share of subject pixels": ("subject_share_ratio", "subjects_below"),
     "KL": ("kl", "kl_above"),
 }
-MEASURED = ("epipolar_inliers", "judge_reprojection", "flow_cycle", "adherence", "motion_flow")
+MEASURED = ("epipolar_inliers", "judge_reprojection", "flow_cycle", "adherence")
+MOTION = "motion, tuned / base"
 REWARDS = ("motion_reward", "geometry_reward")
 
 
@@ -70,10 +74,11 @@ def study_hacking(folder: Path, settings: Settings, common: Mapping[str, Any], s
         marks = mark_updates(arm_config(arm, settings, folder, 0), settings)
         found: dict[str, Any] = {"about": arm.about, "marks": marks, "sets": {}}
         runs = _measure(arm, marks, folder, settings, say)
+        looks = len(marks) * len(runs)
         for prompt_set, (base, rows) in runs.items():
             found["sets"][prompt_set] = {
                 "marks": [_summary(base, each) for each in rows],
-                "turned": {name: turning_point(name, base, rows, marks) for name in MEASURED},
+                "turned": {name: turning_point(name, base, rows, marks, looks) for name in MEASURED},
             }
         logs = run_logs(arm.name, folder, settings.seeds)
         found["log"] = mean_log(logs, [*(name for name, _ in LOGGED.values()), *_reward_columns(logs)])
@@ -81,6 +86,7 @@ def study_hacking(folder: Path, settings: Settings, common: Mapping[str, Any], s
         found["log_at_marks"] = log_at(found["log"], marks, memory)
         found["watches"] = watches(found, limits, memory)
         found["first"] = first_to_see(found["watches"])
+        found["kl_at_first"] = kl_at_first(found)
         arms[arm.name] = found
     result = dict(common) | {"thresholds": limits, "hacking": arms}
     draw_hacking(folder / "hacking.png", arms, limits)
@@ -128,7 +134,7 @@ def _summary(base: Sequence[Row], runs: Sequence[Sequence[Row]]) -> dict[str, An
 
 
 def turning_point(
-    name: str, base: Sequence[Row], rows: Sequence[Sequence[Sequence[Row]]], marks: Sequence[int]
+    name: str, base: Sequence[Row], rows: Sequence[Sequence[Sequence[Row]]], marks: Sequence[int], looks: int = 1
 ) -> dict[str, int | None]:
     """The mark at which a metric is best, and the first one that is clearly worse than the best one before it.
 
@@ -136,12 +142,13 @@ def turning_point(
         base: rows of the base model, mark 0.
         rows: of every mark, those of each training seed.
         marks: updates of the marks.
+        looks: at this metric, in all sets together.
     """
     states = [[list(base)], *rows]
     updates = [0, *marks]
     best, crossed = 0, None
     for place in range(1, len(states)):
-        found = _versus(name, states[best], states[place])
+        found = _versus(name, states[best], states[place], looks)
         if found is None:
             continue
         better, clearly_worse = found
@@ -151,13 +158,16 @@ def turning_point(
     return {"best": updates[best], "crossed": crossed}
 
 
-def _versus(name: str, before: Sequence[Sequence[Row]], after: Sequence[Sequence[Row]]) -> tuple[bool, bool] | None:
-    """Whether a metric is better on average afterwards, and whether it is worse with an interval off zero."""
+def _versus(
+    name: str, before: Sequence[Sequence[Row]], after: Sequence[Sequence[Row]], looks: int
+) -> tuple[bool, bool] | None:
+    """Whether a metric is better on average afterwards, and whether it is clearly worse, at one of so many looks."""
     metric = paired(before, after).metrics.get(name)
     if metric is None or not metric.pairs:
         return None
     mean = metric.difference.mean
-    return mean != 0 and (mean > 0) == metric.higher_is_better, metric.improved is False
+    worse = metric.improved is False and metric.difference.p * looks < ALPHA
+    return mean != 0 and (mean > 0) == metric.higher_is_better, worse
 
 
 def mean_log(logs: Sequence[Sequence[Mapping[str, Any]]], names: Sequence[str]) -> dict[str, list[float | None]]:
@@ -196,9 +206,25 @@ def watches(found: Mapping[str, Any], limits: Mapping[str, float], memory: int) 
         out[name] = {"threshold": limits[name], "crossed": crossed}
     for name in MEASURED:
         called = {prompt_set: row["turned"][name]["crossed"] for prompt_set, row in found["sets"].items()}
-        known = [update for update in called.values() if update is not None]
-        out[name] = {"threshold": "worse than at its best", "crossed": min(known, default=None), "sets": called}
+        out[name] = {"threshold": "worse than at its best", "crossed": _earliest(called), "sets": called}
+    called = {
+        prompt_set: next((u for u, mark in zip(found["marks"], row["marks"], strict=True)
+                          if mark["motion_ratio"] is not None and mark["motion_ratio"] < MOTION_RANGE[0]), None)
+        for prompt_set, row in found["sets"].items()
+    }  # fmt: skip
+    out[MOTION] = {"threshold": MOTION_RANGE[0], "crossed": _earliest(called), "sets": called}
     return out
+
+
+def _earliest(called: Mapping[str, int | None]) -> int | None:
+    return min((update for update in called.values() if update is not None), default=None)
+
+
+def kl_at_first(found: Mapping[str, Any]) -> float | None:
+    """The log's KL (the mean before it) at the first call of an independent metric; None if none called."""
+    calls = {name: found["watches"][name]["crossed"] for name in MEASURED}
+    first = _earliest(calls)
+    return None if first is None else found["log_at_marks"]["kl"][found["marks"].index(first)]
 
 
 def crossing(values: Sequence[float | None], limit: float, memory: int, *, below: bool) -> int | None:
@@ -232,13 +258,16 @@ def _verdict(found: Mapping[str, Any]) -> str:
     if not found["first"]:
         return f"No watch called in {found['marks'][-1]} updates."
     update = found["watches"][found["first"][0]]["crossed"]
-    return f"First to call: **{' and '.join(found['first'])}**, after {update} of {found['marks'][-1]} updates."
+    text = f"First to call: **{' and '.join(found['first'])}**, after {update} of {found['marks'][-1]} updates."
+    if found["kl_at_first"] is not None:
+        text += f" KL at the first call of an independent metric: {found['kl_at_first']:.2g}, as a rule `kl_above`."
+    return text
 
 
 def _marks_table(found: Mapping[str, Any]) -> list[str]:
     """What training logged, and the differences from the base model, at every mark."""
     columns = [column for column, _ in LOGGED.values()]
-    names = (*MEASURED, *REWARDS)
+    names = (*MEASURED, "motion_flow", *REWARDS)
     lines = []
     for prompt_set, row in found["sets"].items():
         lines += [

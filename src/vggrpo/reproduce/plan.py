@@ -27,7 +27,7 @@ from vggrpo.reproduce.hacking import SETS, mark_updates
 from vggrpo.reproduce.lgms import lgm_config
 from vggrpo.reproduce.recipes import FAR, STITCHED, STUDIES, TABLES, VGGRPO, Arm, arm_named
 from vggrpo.reproduce.run import checked_names
-from vggrpo.reproduce.settings import Settings, arm_config, lgm_folder
+from vggrpo.reproduce.settings import Settings, arm_config, guided_every, lgm_folder
 
 _GRADIENT = 3  # network passes that a pass with its gradient costs, roughly
 _TRIAL_CLIPS, _TRIAL_UPDATES = 4, 2
@@ -168,7 +168,8 @@ def sampling_factor(arm: Arm, settings: Settings) -> float:
     """What a video of an arm costs relative to plain sampling, by its network passes."""
     if not arm.guidance:
         return float(arm.candidates)
-    guided = len(range(max(1, settings.steps * 2 // 5), settings.steps, max(1, settings.steps * 2 // 5)))
+    every = guided_every(arm, settings)
+    guided = len(range(every, settings.steps, every))
     return arm.candidates * (1 + guided * _GRADIENT * (not arm.detach) / settings.steps)
 
 

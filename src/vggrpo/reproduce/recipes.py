@@ -33,6 +33,7 @@ class Arm:
             say how many clips fit. "": its updates go on until the seconds are over.
         lora_of: the arm whose LoRA it samples with; "": its own (or none, if it is not trained).
         guidance: scale of latent reward guidance; None: none. 0 must change nothing, and that is checked.
+        guided_every: steps between two guided ones; None: the paper's share of the steps.
         detach: guidance without the video model's gradient.
         candidates: best of so many.
         group: factor on K; prompts per update (or updates) change so that the videos stay as many.
@@ -47,6 +48,7 @@ class Arm:
     clips_of: str = ""
     lora_of: str = ""
     guidance: float | None = None
+    guided_every: int | None = None
     detach: bool = False
     candidates: int = 1
     group: float = 1.0
@@ -166,10 +168,12 @@ TABLES: dict[str, Table] = {
             Arm("guided-100", "guidance, scale 100", guidance=100.0),
             Arm("guided-300", "guidance, scale 300", guidance=300.0),
             Arm("guided-1000", "guidance, scale 1000", guidance=1000.0),
+            Arm("guided-1000-often", "guidance, scale 1000, at every second step", guidance=1000.0, guided_every=2),
             Arm("guided-100-detached", "scale 100 without the video model's gradient", guidance=100.0, detach=True),
             Arm("best-of-4", "the best of 4 candidates by the same reward", candidates=4),
             VGGRPO,
             Arm("vggrpo-guided-100", "VGGRPO and guidance", lora_of="vggrpo", guidance=100.0),
+            Arm("vggrpo-guided-1000", "VGGRPO and guidance, scale 1000", lora_of="vggrpo", guidance=1000.0),
         ),
     ),
 }  # fmt: skip

@@ -22,6 +22,7 @@ SHOWN = (*HEADLINE, "flow_cycle", "camera_acceleration", "adherence", KERNEL_DIS
          "motion_reward", "geometry_reward")  # fmt: skip
 FEWEST_PROMPTS = 8  # an interval of fewer prompts earns no mark
 ALPHA = 0.05
+TOO_FEW = "too few prompts"
 MARKS = (
     f"▲ better, ▼ worse: {' and '.join(HEADLINE)}, which were fixed beforehand, where the 95 % interval leaves out "
     f"zero; other independent scores where p after Holm's correction is below {ALPHA:g}. Rewards, which training "
@@ -78,8 +79,16 @@ def _differences(rows: Mapping[str, Any], *, with_base: bool) -> list[str]:
         lines += [f"| base | {bases} | 1 | |"]
     for arm, row in rows.items():
         cells = " | ".join(difference_cell(name, row["metrics"].get(name)) for name in names)
-        lines += [f"| {arm} | {cells} | {number_cell(row['motion_ratio'])} | {'yes' if row['counts'] else 'no'} |"]
+        lines += [f"| {arm} | {cells} | {number_cell(row['motion_ratio'])} | {_counts_cell(row)} |"]
     return [*lines, ""]
+
+
+def _counts_cell(row: Mapping[str, Any]) -> str:
+    """Whether an improvement counts; whether it is the sample alone that keeps it from that."""
+    if row["counts"]:
+        return "yes"
+    failed = [name for name, check in row["checks"].items() if check["outcome"] is not True]
+    return TOO_FEW if failed == ["sample"] else "no"
 
 
 def _closely(arms: Mapping[str, Mapping[str, Any]], sides: str) -> list[str]:
@@ -214,7 +223,8 @@ def _analysis_lines(found: Mapping[str, Any]) -> list[str]:
             numbers = (row["flops"] / 1e12, row["flops_of_rgb"], row.get("seconds"), row.get("time_of_rgb"),
                        None if peak is None else peak / 2**30)  # fmt: skip
             lines += [f"| {path} | " + " | ".join(number_cell(number) for number in numbers) + " |"]
-        lines += [""]
+        lines += ["", *(f"Of a {path} the latent reward's geometry is {row['latent_share']:.1%}.\n"
+                        for path, row in paths.items() if "latent_share" in row)]  # fmt: skip
     return lines
 
 
@@ -244,16 +254,18 @@ def quick_note(result: Mapping[str, Any]) -> list[str]:
 
 
 def footer(result: Mapping[str, Any]) -> list[str]:
-    """Sizes and machine."""
+    """Sizes and machine, and what it was made of."""
     settings, where = result["settings"], result["machine"]
+    made_of = ", ".join(f"{name} {digest}" for name, digest in result.get("made_of", {}).items())
     return [
         f"Recipe `{settings['config']}`, {settings['seeds']} training seeds, at most {settings['prompts']} prompts a "
-        f"set, {settings['videos']} videos a prompt and model, {settings['steps']} steps. An improvement counts only "
-        "if headline, motion, adherence and quality hold together, the headline's sign and quality in every training "
-        "seed (`checks` in the JSON).",
+        f"set, {settings['videos']} videos a prompt and model, {settings['steps']} steps, classifier-free guidance "
+        f"{settings['guidance_scale']:g}. An improvement counts only if sample (96 prompts x 2 videos), headline, "
+        "motion, adherence and quality hold together, the headline's sign and quality in every training seed (`checks` "
+        f'in the JSON); "{TOO_FEW}": all but the sample does.',
         "",
         f"Made on {where['gpu'] or where['platform']}, {where['processors']} processors, torch {where['torch']}, "
-        f"vggrpo {where['vggrpo']}.",
+        f"vggrpo {where['vggrpo']}" + (f", of (SHA-256): {made_of}." if made_of else "."),
     ]
 
 

@@ -10,7 +10,6 @@ keeps what it finished, so a second call goes on where the first one stopped.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,7 @@ from vggrpo.reproduce.judging import check_judges, left_out
 from vggrpo.reproduce.lgms import about_lgm, lgm_config
 from vggrpo.reproduce.recipes import STITCHED, STUDIES, TABLES, VGGRPO, Arm, Table, arm_named
 from vggrpo.reproduce.results import machine, write_results
-from vggrpo.reproduce.settings import Settings, check_settings
+from vggrpo.reproduce.settings import Settings, check_settings, known_digests
 from vggrpo.reproduce.stitching import study_stitching
 
 
@@ -121,7 +120,7 @@ def notes(names: Sequence[str], only: Sequence[str], settings: Settings) -> list
 
 def _table(name: str, table: Table, folder: Path, settings: Settings, chosen: Sequence[Arm], say: Say) -> Path:
     result: dict[str, Any] = {
-        "table": name, "title": table.title, "claim": table.claim, "settings": asdict(settings), "machine": machine(),
+        "table": name, "title": table.title, "claim": table.claim, **_provenance(folder, settings),
         "arms": {arm.name: {"about": arm.about} for arm in chosen}, "sets": {},
     }  # fmt: skip
     sets = settings.sets or table.sets
@@ -160,13 +159,18 @@ def _table(name: str, table: Table, folder: Path, settings: Settings, chosen: Se
     return write_results(folder, name, result)
 
 
+def _provenance(folder: Path, settings: Settings) -> dict[str, Any]:
+    """What a page has to say of how it was made: sizes, machine, and recipe and weights by their content."""
+    return {"settings": settings.record(), "machine": machine(), "made_of": known_digests(folder / "settings.json")}
+
+
 def _ahead(rival: Sequence[Sequence[Row]], ours: Sequence[Sequence[Row]]) -> dict[str, Any]:
     """Differences of ours from a rival's, over all training seeds and in each."""
     return summarise_comparison(paired(rival, ours), runs=run_by_run(rival, ours))
 
 
 def _study(name: str, folder: Path, settings: Settings, say: Say) -> Path:
-    common = {"table": name, "title": STUDIES[name], "settings": asdict(settings), "machine": machine()}
+    common = {"table": name, "title": STUDIES[name], **_provenance(folder, settings)}
     if name == "hacking":
         return study_hacking(folder, settings, common, say)
     if name == "stitch":

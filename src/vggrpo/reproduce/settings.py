@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from vggrpo.config import EMBEDDED, TrainConfig, load_config
 from vggrpo.config_algorithms import least_micro_batch
@@ -37,7 +38,7 @@ class Settings:
         prompts: at most so many of each prompt set.
         videos: videos per prompt and model.
         steps: denoising steps.
-        guidance_scale: classifier-free guidance of the videos; training has its own.
+        guidance_scale: classifier-free guidance of the videos; None: that of the recipe's roll-outs.
         updates: of GRPO; None: the recipe's. The rivals get the same number of videos.
         far: updates of the study of reward hacking; None: five times those of GRPO.
         marks: how often that study looks at the model on the way.
@@ -55,10 +56,10 @@ class Settings:
     config: str = "tiny"
     lgm_config: str = "lgm-tiny"
     seeds: int = 3
-    prompts: int = 96
+    prompts: int = 48
     videos: int = 2
     steps: int = 20
-    guidance_scale: float = 3.0
+    guidance_scale: float | None = None
     updates: int | None = None
     far: int | None = None
     marks: int = 8
@@ -74,6 +75,14 @@ class Settings:
     def smallest(self) -> Settings:
         """The quick version."""
         return replace(self, seeds=1, prompts=2, videos=1, steps=3, far=2, marks=2, quick=True)
+
+    def record(self) -> dict[str, Any]:
+        """All of it as plain data, with the guidance that follows from the recipe."""
+        return asdict(self) | {"guidance_scale": self.guidance(self.recipe())}
+
+    def guidance(self, recipe: TrainConfig) -> float:
+        """Classifier-free guidance of the videos."""
+        return recipe.sampling.guidance_scale if self.guidance_scale is None else self.guidance_scale
 
     def frame_rate(self, recipe: TrainConfig) -> float:
         """Frames per second of the videos."""
@@ -119,13 +128,18 @@ def arm_config(
     prompts = config.data.num_prompts if embedded else len(read_prompts(config.data.prompts))
     overrides += equal_budget(config, prompts, arm.group, clips)
     if config.algorithm == "dpo":  # pairs are made of clips as people get them
-        guidance = max(settings.guidance_scale, _PAIR_GUIDANCE)
+        guidance = max(settings.guidance(config), _PAIR_GUIDANCE)
         overrides += [f"sampling.guidance_scale={guidance}", f"dpo.fps={settings.frame_rate(config)}"]
     if seconds is not None:
         overrides += [f"updates={_ENDLESS}", f"stop.seconds_above={seconds}"]
     if updates is not None:
         overrides += [f"updates={updates}"]
     return load_config(settings.config, overrides)
+
+
+def guided_every(arm: Arm, settings: Settings) -> int:
+    """Steps between two guided ones: the arm's, or the paper's share of them (steps 20 and 40 of 50)."""
+    return arm.guided_every or max(1, settings.steps * 2 // 5)
 
 
 def lgm_folder(arm: Arm, folder: Path) -> Path:
@@ -149,6 +163,11 @@ def seconds_of_run(name: str, folder: Path, seed: int) -> float:
     return seconds_of(read_jsonl(folder / "runs" / f"{name}-s{seed}" / "log.jsonl"))
 
 
+def known_digests(path: Path) -> dict[str, str]:
+    """By the `settings.json` of an output, what it is made of; nothing where there is none (yet)."""
+    return json.loads(path.read_text(encoding="utf-8")).get("digests", {}) if path.is_file() else {}
+
+
 def check_settings(path: Path, settings: Settings, digests: Mapping[str, str] | None = None) -> None:
     """Results of other settings in the same place are an error, not a mixture. Where there is none yet, as after a
     call that failed, any settings will do; and training seeds may become more, since every seed is a run of its own.
@@ -162,7 +181,7 @@ def check_settings(path: Path, settings: Settings, digests: Mapping[str, str] | 
     Raises:
         UserError: names what differs.
     """
-    values = json.loads(json.dumps(asdict(settings)))
+    values = json.loads(json.dumps(settings.record()))
     known: dict[str, str] = {}
     if path.is_file() and any(file != path for file in path.parent.iterdir()):
         before = json.loads(path.read_text(encoding="utf-8"))
