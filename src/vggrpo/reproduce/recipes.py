@@ -173,7 +173,8 @@ TABLES: dict[str, Table] = {
             Arm("best-of-4", "the best of 4 candidates by the same reward", candidates=4),
             VGGRPO,
             Arm("vggrpo-guided-100", "VGGRPO and guidance", lora_of="vggrpo", guidance=100.0),
-            Arm("vggrpo-guided-1000", "VGGRPO and guidance, scale 1000", lora_of="vggrpo", guidance=1000.0),
+            Arm("vggrpo-guided-1000-often", "VGGRPO and guidance, scale 1000, at every second step", lora_of="vggrpo",
+                guidance=1000.0, guided_every=2),
         ),
     ),
 }  # fmt: skip
