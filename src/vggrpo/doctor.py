@@ -98,7 +98,7 @@ def lgm_recipe_memory(name: str) -> dict[str, float]:
     (`forward_memory`) or Any4D's reading of `clips.micro_batch` clips, whichever takes more; what the VAE works with is
     not counted. "distill": Any4D, LoRA and connector (fp32 weight, gradient and two Adam moments: 16 bytes each) and
     `distillation_memory` of `distill.micro_batch` clips; nothing of the generator is left then. The layer search
-    between the two keeps no activations.
+    between the two keeps the tokens of one layer at a time.
 
     Raises:
         UserError: when the recipe or its pipeline is missing.

@@ -12,7 +12,7 @@ over endlessly many noisy copies of the clips would give.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,26 +87,27 @@ def search_layers(
         ridge: relative to each column's mean square, so that channels of little spread are not shrunk for it.
         noise: standard deviation of white noise on the latents (as they are given here) that the map shall bear.
     """
-    layers = geometry.stitch_points() if layers is None else layers
-    gram = cross = inside = torch.zeros((), dtype=torch.float64)
-    specials, count = [gram] * len(layers), 0
+    layers = sorted(set(geometry.stitch_points() if layers is None else layers))
+    gram = inside = torch.zeros((), dtype=torch.float64)
+    cross, specials, count = [gram] * len(layers), [gram] * len(layers), 0
     for latents, frames in train:
         rows = neighbourhoods(latents, stride)
-        tokens, special = _targets(geometry, frames, layers)
         # Products in float32, sums in float64: millions of rows lose digits otherwise.
-        gram, cross = gram + (rows.T @ rows).double(), cross + (rows.T @ tokens).double()
+        gram = gram + (rows.T @ rows).double()
         inside = inside + len(latents) * _inside(latents, stride)
-        specials = [sum_ + mean.double() * len(frames) for sum_, mean in zip(specials, special, strict=True)]
+        for i, (tokens, special) in enumerate(_targets(geometry, frames, layers)):
+            cross[i] = cross[i] + (rows.T @ tokens).double()
+            specials[i] = specials[i] + special.double() * len(frames)
         count += len(frames)
     squares = gram.diagonal()
     penalty = ridge * squares.clamp_min(1e-6 * squares[:-1].mean())
     penalty[:-1] += noise**2 * inside
     penalty[-1] = 0.0  # the bias is free
-    solution = torch.linalg.solve(gram + torch.diag(penalty), cross).float()
-    score = _held_out_r2(geometry, heldout, layers, stride, solution)
     dims = [geometry.embed_dim(layer) for layer in layers]
+    solutions = torch.linalg.solve(gram + torch.diag(penalty), torch.cat(cross, 1)).float().split(dims, 1)
+    score = _held_out_r2(geometry, heldout, layers, stride, solutions)
     fits = []
-    for layer, w, special, r2 in zip(layers, solution.split(dims, 1), specials, score, strict=True):
+    for layer, w, special, r2 in zip(layers, solutions, specials, score, strict=True):
         weight = w[:-1].T.reshape(len(w.T), -1, KERNEL, KERNEL, KERNEL)
         fits.append(StitchFit(layer, weight.contiguous(), w[-1].clone(), (special / count).float(), r2))
     return sorted(fits, key=lambda fit: -fit.r2)
@@ -114,35 +115,32 @@ def search_layers(
 
 def _targets(
     geometry: GeometryModel, frames: Tensor, layers: list[int]
-) -> tuple[Float[Tensor, "N sumD"], list[Float[Tensor, "2 M D"]]]:
-    """Patch tokens of all layers side by side, and the mean special tokens of each layer."""
-    taken = dict(zip(range(max(layers) + 1), geometry.walk(frames), strict=False))
-    tapped = [taken[layer] for layer in layers]
-    counts = [geometry.special_tokens(layer).shape[1] for layer in layers]
-    patches = torch.cat([t[:, :, m:].flatten(0, 2) for t, m in zip(tapped, counts, strict=True)], 1)
-    special = [
-        torch.stack([t[:, 0, :m].mean(0), t[:, 1:, :m].mean((0, 1))]) for t, m in zip(tapped, counts, strict=True)
-    ]
-    return patches, special
+) -> Iterator[tuple[Float[Tensor, "N D"], Float[Tensor, "2 M D"]]]:
+    """Patch tokens and mean special tokens of one layer after the other, in rising order: at full shape one layer's
+    take half a gigabyte a clip, and those of all would not fit."""
+    for layer, tokens in zip(range(layers[-1] + 1), geometry.walk(frames), strict=False):
+        if layer in layers:
+            m = geometry.special_tokens(layer).shape[1]
+            special = torch.stack([tokens[:, 0, :m].mean(0), tokens[:, 1:, :m].mean((0, 1))])
+            yield tokens[:, :, m:].flatten(0, 2), special
 
 
 def _held_out_r2(
-    geometry: GeometryModel, pairs: Iterable[Pair], layers: list[int], stride: int, solution: Tensor
+    geometry: GeometryModel, pairs: Iterable[Pair], layers: list[int], stride: int, solutions: Sequence[Tensor]
 ) -> list[float]:
     """1 - residual / variance over held-out tokens, one number a layer."""
-    residual = total = first = torch.zeros((), dtype=torch.float64)
-    rows_seen = 0
+    zero = torch.zeros((), dtype=torch.float64)
+    residual, total, first, rows_seen = [zero] * len(layers), [zero] * len(layers), [zero] * len(layers), 0
     for latents, frames in pairs:
-        tokens, _ = _targets(geometry, frames, layers)
-        residual = residual + (tokens - neighbourhoods(latents, stride) @ solution).double().square().sum(0)
-        total, first, rows_seen = (
-            total + tokens.double().square().sum(0),
-            first + tokens.double().sum(0),
-            rows_seen + len(tokens),
-        )
-    variance = total - first.square() / rows_seen
-    dims = [geometry.embed_dim(layer) for layer in layers]
-    return [1 - (r.sum() / v.sum()).item() for r, v in zip(residual.split(dims), variance.split(dims), strict=True)]
+        rows = neighbourhoods(latents, stride)
+        for i, (tokens, _) in enumerate(_targets(geometry, frames, layers)):
+            residual[i] = residual[i] + (tokens - rows @ solutions[i]).double().square().sum()
+            total[i] = total[i] + tokens.double().square().sum()
+            first[i] = first[i] + tokens.double().sum(0)
+        rows_seen += len(rows)
+    return [
+        1 - (r / (t - f.square().sum() / rows_seen)).item() for r, t, f in zip(residual, total, first, strict=True)
+    ]
 
 
 def save_fit(path: Path, fit: StitchFit) -> None:
