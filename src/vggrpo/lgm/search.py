@@ -138,9 +138,7 @@ def _held_out_r2(
             total[i] = total[i] + tokens.double().square().sum()
             first[i] = first[i] + tokens.double().sum(0)
         rows_seen += len(rows)
-    return [
-        1 - (r / (t - f.square().sum() / rows_seen)).item() for r, t, f in zip(residual, total, first, strict=True)
-    ]
+    return [1 - (r / (t - f.square().sum() / rows_seen)).item() for r, t, f in zip(residual, total, first, strict=True)]
 
 
 def save_fit(path: Path, fit: StitchFit) -> None:
