@@ -111,7 +111,7 @@ def test_its_page_says_who_saw_it_first(tmp_path):
     assert "| 4 | 0.6 | 0.95 | 0.75 | 0.011 |" in text
     draw_hacking(tmp_path / "h.png", {"far": found, "far-bare": found}, limits)
     picture = cv2.imread(str(tmp_path / "h.png"))
-    assert picture.shape[0] == 2 * 190 and (picture < 100).any()
+    assert picture.shape[0] == 4 * 190 and (picture < 100).any()
 
 
 def test_marks_are_one_run_whose_weights_are_kept(tmp_path, monkeypatch):

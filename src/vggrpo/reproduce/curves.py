@@ -14,6 +14,7 @@ from vggrpo.io.atomic import atomic_write
 WIDTH, HEIGHT, MARGIN = 300, 190, 46
 _COLOURS = ((180, 90, 30), (40, 40, 200), (60, 140, 40), (150, 60, 150))  # BGR
 _GREY, _BLACK = (170, 170, 170), (30, 30, 30)
+MOTION = "motion, tuned / base"  # a watch of the study of hacking
 Points = Sequence[tuple[float, float | None]]
 _WAYS = {"lgm": "LGM", "decode_then_rgb": "decode, then RGB"}
 _FROM_LOG = (
@@ -34,8 +35,8 @@ _FROM_VIDEOS = (
 
 def draw_hacking(path: Path, arms: Mapping[str, Any], limits: Mapping[str, float]) -> None:
     """Write the picture: dashes are thresholds, upright lines the first call of the watch."""
-    rows = [np.concatenate(_panels(name, found, limits), axis=1) for name, found in arms.items()]
-    write_picture(path, np.concatenate(rows, axis=0))
+    panels = [_panels(name, found, limits) for name, found in arms.items()]
+    write_picture(path, stacked([half for row in panels for half in (row[:4], row[4:])]))
 
 
 def write_picture(path: Path, picture: np.ndarray) -> Path:
@@ -94,7 +95,8 @@ def _panels(arm: str, found: Mapping[str, Any], limits: Mapping[str, float]) -> 
             base = entries[0]["base"] if entries and entries[0] else None
             values = [base, *(None if entry is None else entry["tuned"] for entry in entries)]
             curves[prompt_set] = list(zip(marks, values, strict=True))
-        calls = [found["watches"][metric]["crossed"]] if metric in found["watches"] else []
+        watch = MOTION if metric == "motion_flow" else metric
+        calls = [found["watches"][watch]["crossed"]] if watch in found["watches"] else []
         panels.append(panel(f"{arm}: {metric}", curves, [], calls))
     return panels
 
@@ -145,7 +147,7 @@ def panel(
         colour = _COLOURS[place % len(_COLOURS)]
         pixels = np.array([at(x, y) for x, y in points], np.int32).reshape(-1, 1, 2)
         cv2.polylines(canvas, [pixels], False, colour, 1, cv2.LINE_AA)
-        _text(canvas, name, MARGIN + 6 + 110 * place, HEIGHT - 8 if len(known) == 1 else 28, colour)
+        _text(canvas, name, MARGIN + 6 + (WIDTH - MARGIN - 6) // len(known) * place, HEIGHT - 8 if len(known) == 1 else 28, colour)
     return canvas
 
 

@@ -27,7 +27,7 @@ from vggrpo.evaluation.summary import MOTION_RANGE
 from vggrpo.io.atomic import atomic_write, atomic_write_json
 from vggrpo.posttraining import train
 from vggrpo.reproduce.cells import BASE, Row, Say, measured, measured_with, paired
-from vggrpo.reproduce.curves import draw_hacking
+from vggrpo.reproduce.curves import MOTION, draw_hacking
 from vggrpo.reproduce.recipes import FAR, Arm
 from vggrpo.reproduce.results import ALPHA, MARKS, difference_cell, footer, number_cell, quick_note
 from vggrpo.reproduce.settings import Settings, arm_config, run_logs
@@ -43,7 +43,6 @@ LOGGED = {
     "KL": ("kl", "kl_above"),
 }
 MEASURED = ("epipolar_inliers", "judge_reprojection", "flow_cycle", "adherence")
-MOTION = "motion, tuned / base"
 REWARDS = ("motion_reward", "geometry_reward")
 
 
