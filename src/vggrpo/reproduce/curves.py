@@ -147,7 +147,8 @@ def panel(
         colour = _COLOURS[place % len(_COLOURS)]
         pixels = np.array([at(x, y) for x, y in points], np.int32).reshape(-1, 1, 2)
         cv2.polylines(canvas, [pixels], False, colour, 1, cv2.LINE_AA)
-        _text(canvas, name, MARGIN + 6 + (WIDTH - MARGIN - 6) // len(known) * place, HEIGHT - 8 if len(known) == 1 else 28, colour)
+        left = MARGIN + 6 + (WIDTH - MARGIN - 6) // len(known) * place
+        _text(canvas, name, left, HEIGHT - 8 if len(known) == 1 else 28, colour)
     return canvas
 
 
