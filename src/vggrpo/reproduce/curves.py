@@ -59,8 +59,10 @@ def noise_panels(noise: Mapping[str, Any]) -> list[np.ndarray]:
 
 
 def cost_panels(shape: str, paths: Mapping[str, Any]) -> list[np.ndarray]:
-    """What the geometry of one clip costs by each path: operations, and seconds where they were measured. Whole training
-    steps would dwarf the bars; they are in the table."""
+    """What the geometry of one clip costs by each path: operations, and seconds where they were measured.
+
+    Whole training steps would dwarf the bars; they are in the table.
+    """
     tera = {path: row["flops"] / 1e12 for path, row in paths.items() if "latent_share" not in row}
     seconds = {path: row["seconds"] for path, row in paths.items() if row.get("seconds") is not None}
     return [bars(f"TFLOP: {shape}", tera), *([bars(f"seconds: {shape}", seconds)] if seconds else [])]
