@@ -206,13 +206,17 @@ def watches(found: Mapping[str, Any], limits: Mapping[str, float], memory: int) 
     for name in MEASURED:
         called = {prompt_set: row["turned"][name]["crossed"] for prompt_set, row in found["sets"].items()}
         out[name] = {"threshold": "worse than at its best", "crossed": _earliest(called), "sets": called}
-    called = {
-        prompt_set: next((u for u, mark in zip(found["marks"], row["marks"], strict=True)
-                          if mark["motion_ratio"] is not None and mark["motion_ratio"] < MOTION_RANGE[0]), None)
-        for prompt_set, row in found["sets"].items()
-    }  # fmt: skip
+    called = {prompt_set: _standstill(found["marks"], row["marks"]) for prompt_set, row in found["sets"].items()}
     out[MOTION] = {"threshold": MOTION_RANGE[0], "crossed": _earliest(called), "sets": called}
     return out
+
+
+def _standstill(updates: Sequence[int], marks: Sequence[Mapping[str, Any]]) -> int | None:
+    """The first mark at which less motion is left than an improvement needs to count."""
+    for update, mark in zip(updates, marks, strict=True):
+        if mark["motion_ratio"] is not None and mark["motion_ratio"] < MOTION_RANGE[0]:
+            return update
+    return None
 
 
 def _earliest(called: Mapping[str, int | None]) -> int | None:

@@ -15,12 +15,13 @@ import torch
 
 from vggrpo.evaluation import HEADLINE
 from vggrpo.evaluation.metrics.quality import KERNEL_DISTANCE
+from vggrpo.evaluation.summary import FEWEST_PROMPTS, FEWEST_SEEDS
 from vggrpo.io.atomic import atomic_write, atomic_write_json
 from vggrpo.reproduce.curves import cost_panels, noise_panels, stacked, write_picture
 
 SHOWN = (*HEADLINE, "flow_cycle", "camera_acceleration", "adherence", KERNEL_DISTANCE, "motion_flow",
          "motion_reward", "geometry_reward")  # fmt: skip
-FEWEST_PROMPTS = 8  # an interval of fewer prompts earns no mark
+FEWEST_MARKED = 8  # an interval of fewer prompts earns no mark
 ALPHA = 0.05
 TOO_FEW = "too few prompts"
 MARKS = (
@@ -260,9 +261,9 @@ def footer(result: Mapping[str, Any]) -> list[str]:
     return [
         f"Recipe `{settings['config']}`, {settings['seeds']} training seeds, at most {settings['prompts']} prompts a "
         f"set, {settings['videos']} videos a prompt and model, {settings['steps']} steps, classifier-free guidance "
-        f"{settings['guidance_scale']:g}. An improvement counts only if sample (96 prompts x 2 videos), headline, "
-        "motion, adherence and quality hold together, the headline's sign and quality in every training seed (`checks` "
-        f'in the JSON); "{TOO_FEW}": all but the sample does.',
+        f"{settings['guidance_scale']:g}. An improvement counts only if sample ({FEWEST_PROMPTS} prompts x "
+        f"{FEWEST_SEEDS} videos), headline, motion, adherence and quality hold together, the headline's sign and "
+        f'quality in every training seed (`checks` in the JSON); "{TOO_FEW}": all but the sample does.',
         "",
         f"Made on {where['gpu'] or where['platform']}, {where['processors']} processors, torch {where['torch']}, "
         f"vggrpo {where['vggrpo']}" + (f", of (SHA-256): {made_of}." if made_of else "."),
@@ -291,7 +292,7 @@ def difference_cell(name: str, entry: Mapping[str, Any] | None) -> str:
 
 def _is_clear(name: str, entry: Mapping[str, Any]) -> bool:
     """By its interval for a headline metric; by the adjusted p for the others, of which there are many."""
-    if entry["n"] < FEWEST_PROMPTS or entry["ci_low"] is None or entry["ci_high"] is None:
+    if entry["n"] < FEWEST_MARKED or entry["ci_low"] is None or entry["ci_high"] is None:
         return False
     if name in HEADLINE:
         return bool(entry["ci_low"] > 0 or entry["ci_high"] < 0)
