@@ -329,7 +329,8 @@ def forest(result: Mapping[str, Any]) -> np.ndarray:
     for place, (prompt_set, metric) in enumerate(panels):
         y, x = height * (place // len(HEADLINE)), left + width * (place % len(HEADLINE))
         entries = {arm: result["sets"][prompt_set].get(arm, {}).get("metrics", {}).get(metric) for arm in arms}
-        _panel(canvas, x, y, width, row, f"{prompt_set}: {metric}", entries)
+        short = prompt_set if prompt_set.count(" + ") < 2 else "all prompts"  # more names do not fit over a panel
+        _panel(canvas, x, y, width, row, f"{short}: {metric}", entries)
     return canvas
 
 
