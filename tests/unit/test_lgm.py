@@ -14,6 +14,7 @@ from torch.nn import functional
 from vggrpo.errors import UserError
 from vggrpo.geometry import GeometryPrediction
 from vggrpo.lgm import LatentGeometryModel, LGMConfig
+from vggrpo.evaluation.lgm_cost import flops
 from vggrpo.lgm.connector import Connector, at_view_rate
 from vggrpo.lgm.search import neighbourhoods, search_layers
 from vggrpo.models.vae import weights_hash
@@ -230,6 +231,14 @@ def test_view_rates() -> None:
         torch.testing.assert_close(frames[:, :, ::4], latents(views=views))  # a latent frame keeps its own RGB frame
     middle = at_view_rate(z, "frame", 4)[:, :, 2]
     torch.testing.assert_close(middle, (z[:, :, 0] + z[:, :, 1]) / 2)
+
+
+@pytest.mark.parametrize("views", [1, 2, 3, 4, 5, 6, 21])
+def test_the_connector_leaves_out_products_with_views_that_are_not_there(views: int) -> None:
+    connector, z = Connector(CHANNELS, 7, 2), latents(views=views)
+    torch.testing.assert_close(connector(z), connector.conv(z))
+    under = sum(min(view + 3, views) - max(view - 2, 0) for view in range(views))
+    assert flops(lambda: connector(z)) * 5 * views == flops(lambda: connector.conv(z)) * under
 
 
 @pytest.mark.parametrize("stride", [1, 2])

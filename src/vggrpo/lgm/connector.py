@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -32,7 +33,8 @@ def at_view_rate(
 class Connector(nn.Module):
     """`Conv3d(C -> d, 5x5x5, stride (1, s, s), padding 2)`.
 
-    s = 2 where the VAE compresses space by 8 and a token is 16 pixels.
+    s = 2 where the VAE compresses space by 8 and a token is 16 pixels. Views before the first and after the last are
+    zeros; `forward` leaves their products out (a quarter of all for a clip of five views), `self.conv` is the reference.
     """
 
     def __init__(self, channels: int, dim: int, stride: int) -> None:
@@ -40,4 +42,21 @@ class Connector(nn.Module):
         self.conv = nn.Conv3d(channels, dim, KERNEL, (1, stride, stride), PADDING)
 
     def forward(self, latents: Float[Tensor, "B C S H W"]) -> Float[Tensor, "B D S h w"]:
-        return self.conv(latents)
+        views = latents.shape[2]
+        first = self._views(latents, 0, min(PADDING, views))
+        last = self._views(latents, max(views - PADDING, PADDING), views)
+        inner = [self._convolved(latents, slice(None))] if views >= KERNEL else []
+        return torch.cat([*first, *inner, *last], 2)
+
+    def _views(self, latents: Tensor, low: int, high: int) -> list[Tensor]:
+        """Outputs `low` to `high`, one by one, each from the views that there are under its kernel."""
+        views, out = latents.shape[2], []
+        for at in range(low, high):
+            under = slice(max(at - PADDING, 0), min(at + PADDING + 1, views))
+            taps = slice(under.start - at + PADDING, under.stop - at + PADDING)
+            out.append(self._convolved(latents[:, :, under], taps))
+        return out
+
+    def _convolved(self, latents: Tensor, taps: slice) -> Tensor:
+        conv = self.conv
+        return F.conv3d(latents, conv.weight[:, :, taps], conv.bias, conv.stride, (0, PADDING, PADDING))
