@@ -44,7 +44,18 @@ from vggrpo.io.atomic import atomic_write_json, ensure_directory
 from vggrpo.models.attributes import AttributeClassifier
 from vggrpo.models.loading import pick_device
 from vggrpo.models.vggt import VGGT
-from vggrpo.pretraining import REDRAWN_SHARDS, attributes, data, generator, geometry, lgm, pretrain, redrawn_clips, vae
+from vggrpo.pretraining import (
+    REDRAWN_SHARDS,
+    attributes,
+    data,
+    footage,
+    generator,
+    geometry,
+    lgm,
+    pretrain,
+    redrawn_clips,
+    vae,
+)
 from vggrpo.pretraining.data import HELDOUT_SEED, Shards, render_shard, scene_drawer
 from vggrpo.pretraining.loop import Schedule, Watch
 
@@ -84,6 +95,7 @@ class Shop:
     Attributes:
         train: files of the clips to train on.
         redrawn: files of the judge's other clips.
+        footage: files of the generator's clips.
         select: held-out clips that choose between a network's states.
         heldout: those of the cards.
     """
@@ -92,6 +104,7 @@ class Shop:
     device: torch.device
     train: list[Path]
     redrawn: list[Path]
+    footage: list[Path]
     select: Path
     heldout: Path
 
@@ -102,10 +115,11 @@ class Shop:
     @classmethod
     def of(cls, output: Path, device: torch.device) -> Shop:
         """With what is rendered in OUTPUT."""
-        train, redrawn, held = (
-            sorted((output / "data" / name).glob("*.safetensors")) for name in ("train", "redrawn", "heldout")
+        train, redrawn, footage, held = (
+            sorted((output / "data" / name).glob("*.safetensors"))
+            for name in ("train", "redrawn", "footage", "heldout")
         )
-        return cls(output, device, train, redrawn, held[1], held[0])
+        return cls(output, device, train, redrawn, footage, held[1], held[0])
 
 
 def best_of(name: str, shop: Shop) -> nn.Module | None:
@@ -179,8 +193,8 @@ def generator_task(shop: Shop) -> Task:
     """Transformer and text encoder on the latents of the VAE as it is."""
     before = WanPipeline.from_pretrained(shop.output / "pipeline", torch_dtype=torch.float32)
     before.vae.to(shop.device).eval()
-    latents = [generator.encode_latents(before.vae, path, shop.output / "latents") for path in shop.train]
-    texts = shop.load(*shop.train, video=False, truth=False).texts
+    latents = [generator.encode_latents(before.vae, path, shop.output / "latents" / "footage") for path in shop.footage]
+    texts = shop.load(*shop.footage, video=False, truth=False).texts
     return Task(
         generator.SCHEDULE,
         lambda schedule, folder, watch: generator.train_generator(
@@ -291,6 +305,8 @@ def improve(arguments: argparse.Namespace) -> None:
     render(output, arguments.clips, device, began + RENDER_SHARE * arguments.seconds)
     if "judge" in arguments.networks:
         redrawn_clips(output, Shop.of(output, device).train[:REDRAWN_SHARDS], device)
+    if "generator" in arguments.networks:
+        footage(output, len(Shop.of(output, device).train), device)
     shop = Shop.of(output, device)
     say(shards=len(shop.train), device=str(device), seconds=round(time.monotonic() - began, 1))
     end = began + (1 - RESERVE) * arguments.seconds

@@ -92,6 +92,6 @@ def test_the_best_is_kept(script, tmp_path, monkeypatch):
     monkeypatch.setattr(script, "measure", lambda name, model, clips: ({}, abs(float(model) - 3)))
     monkeypatch.setattr(script.Shop, "load", lambda *_: None)
     (tmp_path / "work").mkdir()
-    script.train("judge", script.Shop(tmp_path, torch.device("cpu"), [], [], tmp_path, tmp_path), 10.0, 1)
+    script.train("judge", script.Shop(tmp_path, torch.device("cpu"), [], [], [], tmp_path, tmp_path), 10.0, 1)
     assert [float(one) for one in kept] == [1, 2, 3]
     assert json.loads((tmp_path / "work" / "judge.json").read_text())["steps"] == 6

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vggrpo.errors import UserError
+from vggrpo.evaluation.lgm_cost import flops
 from vggrpo.geometry import GeometryPrediction
 from vggrpo.lgm import LatentGeometryModel, LGMConfig
-from vggrpo.evaluation.lgm_cost import flops
 from vggrpo.lgm.connector import Connector, at_view_rate
 from vggrpo.lgm.search import neighbourhoods, search_layers
 from vggrpo.models.vae import weights_hash

@@ -152,6 +152,16 @@ def test_hand_held_is_the_same_scene_with_a_band_limited_shake() -> None:
         sample_scene(0, shake="wild")
 
 
+def test_footage_shakes_twice_as_much() -> None:
+    shaken = 0
+    for seed in range(60):
+        smooth, handheld, footage = (sample_scene(seed, shake=kind) for kind in ("smooth", "handheld", "footage"))
+        shaken += footage.handheld
+        move, twice = (clip.cam2room[:, :3, 3] - smooth.cam2room[:, :3, 3] for clip in (handheld, footage))
+        np.testing.assert_allclose(twice, 2 * move if footage.handheld else 0, atol=1e-9)
+    assert 25 <= shaken <= 47
+
+
 @pytest.mark.parametrize("move", CAMERA_MOVES)
 def test_exact_geometry_is_consistent_and_wobble_is_not(move: str) -> None:
     exact = sample_batch([1, 2], num_frames=5, size=(64, 64), camera=move, supersample=1)

@@ -34,7 +34,7 @@ class Connector(nn.Module):
     """`Conv3d(C -> d, 5x5x5, stride (1, s, s), padding 2)`.
 
     s = 2 where the VAE compresses space by 8 and a token is 16 pixels. Views before the first and after the last are
-    zeros; `forward` leaves their products out (a quarter of all for a clip of five views), `self.conv` is the reference.
+    zeros; `forward` leaves their products out (a quarter of all for five views), and `self.conv` is the reference.
     """
 
     def __init__(self, channels: int, dim: int, stride: int) -> None:

@@ -1,7 +1,7 @@
 """Recipes that make the shipped models from rendered clips; `pretrain(name, output)` runs one with all that it needs.
 
-    OUTPUT/data       rendered shards, and some of them re-drawn by the generator
-    OUTPUT/latents    latents of the rendered ones
+    OUTPUT/data       rendered shards, some of them re-drawn by the generator, and the generator's less steady footage
+    OUTPUT/latents    latents of that footage
     OUTPUT/work/NAME  checkpoints and logs
     OUTPUT/NAME       the finished model, as shipped
 
@@ -132,6 +132,17 @@ def render(output: Path, shards: int, device: torch.device) -> tuple[list[Path],
         )
 
 
+def footage(output: Path, shards: int, device: torch.device) -> list[Path]:
+    """Render what is missing of the clips that the generator learns from: as many, less steady (`scene.SHAKE`)."""
+    from vggrpo.pretraining.data import render_shard, scene_drawer
+
+    with scene_drawer(device) as draw:
+        return [
+            render_shard(output / "data" / "footage", i, shake="footage", device=device, draw=draw)
+            for i in range(shards)
+        ]
+
+
 def _pipeline(job: Job) -> dict[str, Any]:
     from diffusers import WanPipeline
 
@@ -148,8 +159,9 @@ def _pipeline(job: Job) -> dict[str, Any]:
         job.schedule(vae.DECODER_SCHEDULE),
         start=first_vae,
     )
-    latents = [generator.encode_latents(made, path, output / "latents" / path.parent.name) for path in job.clips]
-    texts = Shards.load(job.clips, video=False, truth=False).texts
+    clips = footage(output, len(job.clips), job.device)
+    latents = [generator.encode_latents(made, path, output / "latents" / path.parent.name) for path in clips]
+    texts = Shards.load(clips, video=False, truth=False).texts
     model = generator.train_generator(
         latents,
         texts,

@@ -64,6 +64,7 @@ def render_shard(
     number: int,
     *,
     split: str | None = "train",
+    shake: str = "mixed",
     first_seed: int = 0,
     device: torch.device = CPU,
     draw: DrawScenes = map,
@@ -81,7 +82,7 @@ def render_shard(
     parts: dict[str, list[Tensor]] = {}
     texts: list[dict] = []
     batch = at_once(device, 16, 64)
-    scenes = iter(draw(partial(sample_scene, split=split), range(start, start + SHARD_SIZE)))
+    scenes = iter(draw(partial(sample_scene, split=split, shake=shake), range(start, start + SHARD_SIZE)))
     while some := list(islice(scenes, batch)):
         world = render_scenes(some, device=device)
         parts.setdefault("video", []).append((world.video * 255).round().to(torch.uint8).cpu())

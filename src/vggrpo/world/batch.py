@@ -115,7 +115,7 @@ def sample_batch(
 
     Args:
         size: (height, width).
-        shake: "smooth", "handheld", or "mixed" (40 % hand-held).
+        shake: "smooth", "handheld", "mixed" (40 % hand-held) or "footage" (60 %, twice as shaky).
         camera: force a move of `captions.CAMERA_MOVES` (two joined by "+"), else drawn.
         split: only scenes whose caption belongs to this prompt split ("train", "heldout", "demo").
         supersample: rays a pixel and axis for colour (anti-aliasing); depth is at pixel centres.

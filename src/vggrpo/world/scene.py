@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,6 +15,22 @@ MAX_OBJECTS = 3
 FPS = 8.0
 # One lens for all clips, in image widths: what cannot be seen in a short clip should not blur depth and pose.
 FOCAL = float(0.5 / np.tan(np.radians(80.0) / 2))
+
+
+class Shake(NamedTuple):
+    """How steady clips are.
+
+    Attributes:
+        share: of the clips that are hand-held.
+        strength: how much those shake, as a multiple of what networks that read geometry are trained on.
+    """
+
+    share: float
+    strength: float = 1.0
+
+
+# "footage" is what the generator learns from: it damps the shake that it has seen, and so it sees more of it.
+SHAKE = {"smooth": Shake(0.0), "handheld": Shake(1.0), "mixed": Shake(0.4), "footage": Shake(0.6, 2.0)}
 
 
 @dataclass
@@ -49,9 +66,10 @@ class Scene:
 def sample_scene(
     seed: int, *, num_frames: int = 17, shake: str = "mixed", camera: str | None = None, split: str | None = None
 ) -> Scene:
-    """Draw a scene. `shake`: "smooth", "handheld" or "mixed" (40 % hand-held); `camera`: force a move."""
-    if shake not in ("smooth", "handheld", "mixed"):
-        raise ValueError(f"shake must be smooth, handheld or mixed, got {shake!r}")
+    """Draw a scene. `shake`: how steady it is, a name in `SHAKE`; `camera`: force a move."""
+    if shake not in SHAKE:
+        raise ValueError(f"shake must be one of {', '.join(SHAKE)}, got {shake!r}")
+    share, strength = SHAKE[shake]
     rng = np.random.default_rng(seed)
     attributes = sample_attributes(rng, split, camera)
     text = caption(attributes, rng)
@@ -62,7 +80,7 @@ def sample_scene(
         ]
     )
     atlas = np.concatenate([atlas, np.zeros((6 + MAX_OBJECTS - len(atlas), *atlas.shape[1:]))]).astype(np.float32)
-    handheld = {"smooth": False, "handheld": True, "mixed": bool(rng.random() < 0.4)}[shake]
+    handheld = bool(rng.random() < share)
     # The shake has its own stream, so that the same seed gives the same scene smooth and hand-held.
     shake_rng = np.random.default_rng([seed, 1])
     for attempt in range(4000):
@@ -75,8 +93,8 @@ def sample_scene(
     roll = np.zeros(num_frames)
     if handheld:
         noise = band_limited_noise(shake_rng, num_frames, FPS, 6)
-        position = position + noise[:, :3] * shake_rng.uniform(0.03, 0.10)
-        angle = np.radians(shake_rng.uniform(0.6, 2.4)) * noise[:, 3:]
+        position = position + noise[:, :3] * strength * shake_rng.uniform(0.03, 0.10)
+        angle = strength * np.radians(shake_rng.uniform(0.6, 2.4)) * noise[:, 3:]
         yaw, pitch, roll = yaw + angle[:, 0], pitch + angle[:, 1], roll + 0.7 * angle[:, 2]
     cam2room = np.tile(np.eye(4), (num_frames, 1, 1))
     cam2room[:, :3, :3], cam2room[:, :3, 3] = rotation(yaw, pitch, roll), position
