@@ -123,7 +123,7 @@ class Shop:
 
 
 def best_of(name: str, shop: Shop) -> nn.Module | None:
-    """The network that OUTPUT holds; None for the generator, which has no score: what is trained longer is better."""
+    """The network that OUTPUT holds; None for the generator, which has no score: the last is saved."""
     folder = shop.output / FOLDERS.get(name, name)
     if name == "generator":
         return None

@@ -40,7 +40,7 @@ def _add_sample(actions: Subparsers) -> None:
         "--size", type=image_size, default=(64, 64), metavar="N|HxW", help="pixels, 64 or 48x96 (default: 64)"
     )
     sample.add_argument("--shake", choices=("mixed", "smooth", "handheld", "footage"), default="mixed",
-                        help="how steady; footage: as the generator saw it (default: %(default)s)")  # fmt: skip
+                        help="how steady; footage: as the generator saw it last (default: %(default)s)")  # fmt: skip
     sample.add_argument("--camera", default=None, metavar="MOVE", help="one camera move for all clips (default: drawn)")
     sample.set_defaults(run=run_sample, resume=START_AGAIN)
 

@@ -1,7 +1,7 @@
 """The caption grammar of the embedded world: attributes -> sentence -> attributes, and the prompt splits.
 
 A caption names the camera move, the room, every object with its colour, and what moves. It never says whether the
-footage is hand-held: as on the web, nobody writes that down, so a generator learns both and a reward has to choose.
+footage is hand-held: as on the web, nobody writes that down, so a generator should learn both, for a reward to choose.
 """
 
 from __future__ import annotations
