@@ -83,9 +83,9 @@ def test_rivals_of_equal_seconds_train_as_long_as_vggrpo(tmp_path, monkeypatch, 
         return Path(config.output) / "lora"
 
     monkeypatch.setattr(cells, "train", fake_train)
-    said = []
-    trained(arm_named(f"{name}-seconds"), 2, tmp_path, Settings(), said.append)
-    same, found = arm_config(arm_named(name), Settings(), tmp_path, 2), configs[f"{name}-seconds"]
+    said, settings = [], Settings(updates=30)
+    trained(arm_named(f"{name}-seconds"), 2, tmp_path, settings, said.append)
+    same, found = arm_config(arm_named(name), settings, tmp_path, 2), configs[f"{name}-seconds"]
     assert configs["vggrpo"].algorithm == "grpo" and configs["vggrpo"].stop.seconds_above is None
     if name in ("nft", "direct"):
         assert said == ["train vggrpo, seed 2", f"train {name}-seconds, seed 2"]
