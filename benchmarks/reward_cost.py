@@ -37,11 +37,8 @@ def main() -> None:
     torch.manual_seed(0)
     paths = reward_paths(*full_shape(model, lambda: Any4D(Any4DConfig()), device, arguments.layer))
     paths = {name: paths[name] for name in arguments.paths or paths}
-    if device.type == "cuda":
-        with torch.autocast("cuda", torch.bfloat16):
-            table = cost_table(paths, device, arguments.repeats)
-    else:
-        table = cost_table(paths, device)
+    with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+        table = cost_table(paths, device, arguments.repeats)
     names = {"cuda": torch.cuda.get_device_name, "cpu": lambda: f"CPU, {torch.get_num_threads()} threads"}
     name = names.get(device.type, lambda: "none: operations only")()
     print(
